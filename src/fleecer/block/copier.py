@@ -1,0 +1,445 @@
+"""Copy-before-write: keeps the past of one disk for any number of snapshots, with one copy of each changed cluster.
+
+A *snapshot* is an instant and a scratch (its target) to which old data goes. Snapshots are kept in order of time. A
+cluster changed after snapshot s and before the next one is copied once, into the scratch of the newest snapshot that is
+read then; every older snapshot that has no copy of its own finds it there. So snapshot s reads cluster c
+
+    from the first scratch, at or after s in time, that holds c;  if none does, from the disk itself, frozen.
+
+A guest's change of a range goes like this (`preserve`): the old data of each cluster not yet settled is copied; it is
+marked done; overlapping reads of the disk by snapshots, *frozen reads*, are waited for; the change starts.
+
+Invariants:
+- Old data is in the scratch and marked done before the first changed byte reaches the disk.
+- Done is set before frozen reads are waited for. A new reader finds it done and leaves the disk alone, so it ends.
+- Choosing between scratch and disk, and freezing the range of the disk, happen with no await between.
+- A failed copy is unmarked before its waiters wake, and they look again.
+- A snapshot that broke never answers a read again: breakage is looked at after every read, before its data is used.
+- A copy given up (timed out, or nobody needs it any more) never marks anything done.
+- A snapshot is taken only while every edge through which the disk is changed is drained.
+- A failure here fails no guest's change, unless `on_error` says so; it breaks the snapshots that needed the copy.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+from collections.abc import Callable
+from typing import Literal
+
+from fleecer import eager
+from fleecer.block.bitmap import Bitmap
+from fleecer.block.edge import Edge
+from fleecer.block.inflight import Claim, InFlight
+from fleecer.errors import FleecerError, IoError, SnapshotBroken, told
+from fleecer.ranges import is_zero
+from fleecer.units import KiB, MiB
+
+OnError = Literal["break-snapshot", "break-guest-write"]
+
+CLUSTER_SIZE_BYTES = 64 * KiB
+TIMEOUT_S = 15.0
+"""How long a guest's write waits for a copy unless told otherwise: well below the 30 s after which guests give up."""
+COPY_MAX_BYTES = 1 * MiB
+FREEZE_MAX_BYTES = 1 * MiB
+"""Longest piece of the disk a snapshot read holds frozen at once: a write never waits for more than that."""
+
+_log = logging.getLogger(__name__)
+
+
+class Snapshot:
+    """One instant of the disk. Made by `Copier.take`, ended by `Copier.retire`.
+
+    `broken` is the first failure, or None while every read is good; `revoked` the clusters whose reader gave them back.
+    """
+
+    __slots__ = (
+        "broken",
+        "done",
+        "fresh",
+        "frozen",
+        "living",
+        "name",
+        "on_broken",
+        "revoked",
+        "scratch",
+        "serialising",
+    )
+
+    def __init__(self, name: str, scratch: Edge, *, fresh: bool, serialising: bool) -> None:
+        self.name = name
+        self.scratch = scratch
+        self.fresh = fresh
+        self.serialising = serialising
+        self.done = Bitmap()
+        self.revoked: Bitmap | None = None
+        self.frozen = InFlight()
+        self.living = True
+        self.broken: SnapshotBroken | None = None
+        self.on_broken: Callable[[Snapshot], None] | None = None
+
+    def check(self) -> None:
+        """Raises the failure that broke the snapshot, if any: after each read, before its data is used."""
+        if self.broken is not None:
+            raise SnapshotBroken(self.name, self.broken.cause)
+
+
+class _Copy:
+    """One run of clusters on its way into a scratch."""
+
+    __slots__ = ("end", "error", "given_up", "snapshot", "start", "waiters")
+
+    def __init__(self, start: int, end: int, snapshot: Snapshot) -> None:
+        self.start = start
+        self.end = end
+        self.snapshot = snapshot
+        self.error: FleecerError | None = None
+        self.given_up = False
+        self.waiters: list[asyncio.Future[bool]] = []
+
+    def wake(self) -> None:
+        """Lets everyone who waited for the end of this copy look again."""
+        for waiter in self.waiters:
+            if not waiter.done():
+                waiter.set_result(True)
+
+
+class Copier:
+    """The snapshots of one disk, and the copying for them. `source` is the disk below the filter.
+
+    `cluster_size_bytes` is the unit of copying, a power of two. `timeout_s` bounds how long one change waits for
+    copies and readers; 0 for no bound. `freeze=False` leaves frozen reads unprotected, for tests that must show what
+    goes wrong without.
+    """
+
+    def __init__(
+        self,
+        source: Edge,
+        *,
+        cluster_size_bytes: int = CLUSTER_SIZE_BYTES,
+        on_error: OnError = "break-snapshot",
+        timeout_s: float = TIMEOUT_S,
+        freeze: bool = True,
+    ) -> None:
+        self.source = source
+        self.cluster_size_bytes = cluster_size_bytes
+        self.on_error = on_error
+        self.timeout_s = timeout_s
+        self._freeze = freeze
+        self._snapshots: list[Snapshot] = []  # in order of time; retired ones stay while an older one may read them
+        self._newest: Snapshot | None = None  # the newest one still read: copies go to its scratch
+        self._settled = Bitmap()  # clusters that need no copy: preserved for, or not wanted by, everyone
+        self._copies: list[_Copy] = []
+
+    @property
+    def snapshots(self) -> tuple[Snapshot, ...]:
+        """Every snapshot whose scratch is still held, oldest first."""
+        return tuple(self._snapshots)
+
+    def preserved_bytes(self, snapshot: Snapshot) -> int:
+        """How much old data was copied into this snapshot's own scratch."""
+        return snapshot.done.count() * self.cluster_size_bytes
+
+    # Taking and retiring: no await in either, so a cut over several disks is one step.
+
+    def take(self, name: str, scratch: Edge, *, fresh: bool = False, serialising: bool = False) -> Snapshot:
+        """A snapshot of this very moment. Call it only while everything that changes the disk is drained.
+
+        `scratch` must be at least as large as the disk. `fresh` says that it was never written and reads as zeroes, so
+        that zeroes need not be copied. `serialising` makes copies and overlapping requests on the scratch wait for each
+        other: needed when somebody reads the disk through the scratch, being in its backing chain (QEMU's first scheme).
+        """
+        snapshot = Snapshot(name, scratch, fresh=fresh, serialising=serialising)
+        self._snapshots.append(snapshot)
+        self._look_again()
+        return snapshot
+
+    def retire(self, snapshot: Snapshot) -> list[Edge]:
+        """Ends a snapshot: nobody reads it any more. Returns the scratch edges that nothing needs now.
+
+        The caller drains and detaches those; copies on their way into them go on and end, and mark nothing.
+        """
+        snapshot.living = False
+        kept = self._snapshots
+        while kept and not kept[0].living:
+            kept = kept[1:]
+        dropped = [old for old in self._snapshots if old not in kept]
+        self._snapshots = list(kept)
+        self._look_again()
+        self._give_up_useless(dropped)
+        return [old.scratch for old in dropped]
+
+    def break_snapshot(self, snapshot: Snapshot, cause: str) -> None:
+        """Gives a snapshot up. Its reads fail from now on, those in flight included; the disk is not affected."""
+        if snapshot.broken is not None or not snapshot.living:
+            return
+        snapshot.broken = SnapshotBroken(snapshot.name, cause)
+        _log.warning("snapshot %s is broken: %s", snapshot.name, cause)
+        self._look_again()
+        self._give_up_useless([])
+        if snapshot.on_broken is not None:
+            snapshot.on_broken(snapshot)
+
+    def _look_again(self) -> None:
+        """Finds anew which snapshot copies go to, and which clusters need none."""
+        readable = self._readable()
+        self._newest = readable[-1] if readable else None
+        self._settled = Bitmap()
+        if self._newest is None:
+            return
+        serving = self._snapshots[self._snapshots.index(self._newest) :]
+        for holder in serving:
+            self._settled.update(holder.done)
+        if len(readable) == 1 and self._newest.revoked is not None:
+            self._settled.update(self._newest.revoked)
+        for copy in self._copies:
+            if copy.snapshot in serving:  # one for an older snapshot does not help this one
+                self._settled.set(copy.start, copy.end)
+
+    # The guest's side.
+
+    def must_preserve(self, offset: int, length: int) -> bool:
+        """Whether a change of this range has to go through `preserve` first. Never waits."""
+        if self._newest is None and not self._copies:
+            return False
+        if self._copies or any(len(snapshot.frozen) for snapshot in self._snapshots):
+            return True
+        first = offset // self.cluster_size_bytes
+        end = (offset + length - 1) // self.cluster_size_bytes + 1
+        return not (self._settled[first] if end == first + 1 else self._settled.all(first, end))
+
+    async def preserve(self, offset: int, length: int) -> None:
+        """Returns when the range may be changed: its old data is safe and no snapshot is reading it from the disk.
+
+        Under "break-guest-write" raises what made a copy fail (ETIMEDOUT if it took too long): then nothing may be
+        changed, and every snapshot is whole. Under "break-snapshot" it never raises.
+        """
+        first = offset // self.cluster_size_bytes
+        end = (offset + length - 1) // self.cluster_size_bytes + 1
+        deadline = asyncio.get_running_loop().time() + self.timeout_s if self.timeout_s else None
+        mine: list[_Copy] = []
+        while self._newest is not None or self._copies:
+            self._start_copies(first, end, mine)
+            for copy in mine:
+                if copy.error is not None and self.on_error == "break-guest-write":
+                    raise copy.error
+            under_way = next((c for c in self._copies if c.start < end and first < c.end), None)
+            if under_way is not None:
+                waiter: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+                under_way.waiters.append(waiter)
+                if not await _done_in_time(waiter, deadline):
+                    self._copy_timed_out(under_way, offset, length)
+            elif self._newest is None or self._settled.all(first, end):
+                break
+        start, stop = first * self.cluster_size_bytes, end * self.cluster_size_bytes
+        for snapshot in list(self._snapshots):
+            reading = snapshot.frozen.until_clear(start, stop - start)
+            if reading is not None and self._freeze and not await _done_in_time(reading, deadline):
+                self._reader_timed_out(snapshot, offset, length)
+
+    async def copy(self, offset: int, length: int) -> None:
+        """Returns when the old data of the range is in the newest snapshot's scratch: for a backup that copies it all.
+
+        Raises what made a copy fail, under either policy; the snapshot may have broken then.
+        """
+        first = offset // self.cluster_size_bytes
+        end = (offset + length - 1) // self.cluster_size_bytes + 1
+        mine: list[_Copy] = []
+        while self._newest is not None:
+            self._start_copies(first, end, mine)
+            await self.copies_ended(first, end)
+            for copy in mine:
+                if copy.error is not None:
+                    raise copy.error
+            if self._settled.all(first, end):
+                return
+
+    def settle_zeroes(self, offset: int, length: int) -> None:
+        """The disk reads as zeroes there, as its block status just said, and a fresh scratch does too: no copy needed.
+
+        Only whole clusters inside the range are settled, or such as the disk's end cuts short.
+        """
+        cluster = self.cluster_size_bytes
+        end = (offset + length) // cluster if offset + length < self.source.size else -(-self.source.size // cluster)
+        for start, stop, settled in self._settled.runs(-(-offset // cluster), end):
+            if not settled and self._newest is not None and self._newest.fresh:
+                # Not settled: no change has passed since, so the answer still holds.
+                self._newest.done.set(start, stop)
+                self._settled.set(start, stop)
+
+    def _start_copies(self, first: int, end: int, mine: list[_Copy]) -> None:
+        """Starts copying every run of the range that is not settled. A copy that need not wait has ended on return."""
+        while first < end and self._newest is not None:
+            settled, stop = self._settled.run(first, end)
+            if not settled:
+                stop = min(stop, first + max(1, COPY_MAX_BYTES // self.cluster_size_bytes))
+                copy = _Copy(first, stop, self._newest)
+                self._settled.set(first, stop)
+                self._copies.append(copy)
+                mine.append(copy)
+                eager.start(self._perform(copy))
+                if copy.error is not None:
+                    return
+            first = stop
+
+    async def _perform(self, copy: _Copy) -> None:
+        start = copy.start * self.cluster_size_bytes
+        length = min(copy.end * self.cluster_size_bytes, self.source.size) - start
+        scratch = copy.snapshot.scratch
+        try:
+            data = await self.source.pread(start, length)
+            if not is_zero(data):
+                await scratch.pwrite(start, data, serialising=copy.snapshot.serialising)
+            elif not copy.snapshot.fresh:
+                await scratch.zero(start, length, serialising=copy.snapshot.serialising)
+        except FleecerError as error:
+            self._copy_failed(copy, error)
+        except BaseException:
+            self._copy_failed(copy, IoError(errno.EIO, scratch.node.name, "copy", start, length, "internal error"))
+            raise
+        else:
+            if not copy.given_up:
+                copy.snapshot.done.set(copy.start, copy.end)
+                self._copies.remove(copy)
+                copy.wake()
+
+    def _copy_failed(self, copy: _Copy, error: FleecerError) -> None:
+        copy.error = error
+        if copy.given_up:
+            return
+        self._copies.remove(copy)
+        self._look_again()
+        if self.on_error == "break-snapshot":
+            self._break_all_that_need(copy.start, copy.end, f"copying its old data failed: {told(error)}")
+        copy.wake()
+
+    def _copy_timed_out(self, copy: _Copy, offset: int, length: int) -> None:
+        what = f"copying its old data to {copy.snapshot.scratch.node.name} took longer than {self.timeout_s:g} s"
+        if self.on_error == "break-guest-write":
+            raise IoError(errno.ETIMEDOUT, self.source.node.name, "write", offset, length, what)
+        if copy in self._copies:
+            self._give_up(copy)
+            self._break_all_that_need(copy.start, copy.end, what)
+
+    def _reader_timed_out(self, snapshot: Snapshot, offset: int, length: int) -> None:
+        what = f"a read of the disk for it took longer than {self.timeout_s:g} s"
+        if self.on_error == "break-guest-write":
+            raise IoError(errno.ETIMEDOUT, self.source.node.name, "write", offset, length, what)
+        self.break_snapshot(snapshot, what)
+
+    def _give_up(self, copy: _Copy) -> None:
+        """Nobody waits for, or gains from, this copy any more. It ends by itself, unseen."""
+        copy.given_up = True
+        self._copies.remove(copy)
+        self._look_again()
+        copy.wake()
+
+    def _give_up_useless(self, dropped: list[Snapshot]) -> None:
+        for copy in list(self._copies):
+            if self._newest is None or copy.snapshot in dropped:
+                self._give_up(copy)
+
+    def _break_all_that_need(self, first: int, end: int, cause: str) -> None:
+        """Breaks each snapshot that would read any of these clusters from the disk."""
+        for snapshot in self._readable():
+            if self._reads_disk(snapshot, first, end):
+                self.break_snapshot(snapshot, cause)
+
+    # The snapshot's side.
+
+    def locate(self, snapshot: Snapshot, first: int, end: int) -> tuple[Snapshot | None, int]:
+        """Whose scratch holds cluster `first` for `snapshot` (None: the disk), and up to where at most `end`.
+
+        Clusters a reader gave back raise IoError (EACCES); a broken snapshot raises SnapshotBroken.
+        """
+        snapshot.check()
+        if snapshot.revoked is not None:
+            revoked, end = snapshot.revoked.run(first, end)
+            if revoked:
+                at, length = first * self.cluster_size_bytes, (end - first) * self.cluster_size_bytes
+                raise IoError(errno.EACCES, snapshot.name, "read", at, length, "the range was discarded by a reader")
+        for holder in self._snapshots[self._snapshots.index(snapshot) :]:
+            held, end = holder.done.run(first, end)
+            if held:
+                return holder, end
+        return None, end
+
+    def freeze(self, snapshot: Snapshot, offset: int, length: int) -> Claim:
+        """Holds off changes of the range on the disk until `thaw`. In one step with the `locate` that chose it."""
+        return snapshot.frozen.enter(offset, length)
+
+    def thaw(self, snapshot: Snapshot, claim: Claim) -> None:
+        """Ends a `freeze`."""
+        snapshot.frozen.leave(claim)
+
+    def revoke(self, snapshot: Snapshot, first: int, end: int) -> list[tuple[Snapshot, int, int]]:
+        """The reader is through with these clusters: they read as an error from now on, and need no copy for it.
+
+        Returns the runs of scratch (holder, first cluster, end) that nobody reads any more and that may be discarded.
+        """
+        snapshot.check()
+        if snapshot.revoked is None:
+            snapshot.revoked = Bitmap()
+        free: list[tuple[Snapshot, int, int]] = []
+        at = self._snapshots.index(snapshot)
+        while first < end:
+            holder, stop = None, end
+            for candidate in self._snapshots[at:]:
+                held, stop = candidate.done.run(first, stop)
+                if held:
+                    holder = candidate
+                    break
+            snapshot.revoked.set(first, stop)
+            if holder is None and not any(self._reads_disk(s, first, stop) for s in self._readable()):
+                self._settled.set(first, stop)
+            if holder is not None and not any(self._reads_from(s, holder, first, stop) for s in self._readable()):
+                free.append((holder, first, stop))
+            first = stop
+        return free
+
+    async def copies_ended(self, first: int, end: int) -> None:
+        """Returns when no copy of these clusters is under way."""
+        while copy := next((c for c in self._copies if c.start < end and first < c.end), None):
+            waiter: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+            copy.waiters.append(waiter)
+            await waiter
+
+    def _readable(self) -> list[Snapshot]:
+        return [s for s in self._snapshots if s.living and s.broken is None]
+
+    def _runs(self, snapshot: Snapshot, first: int, end: int) -> list[tuple[Snapshot | None, int, int]]:
+        """The range, less what was revoked, as runs of (holder or None for the disk, first, end)."""
+        runs: list[tuple[Snapshot | None, int, int]] = []
+        while first < end:
+            stop = end
+            revoked = 0
+            if snapshot.revoked is not None:
+                revoked, stop = snapshot.revoked.run(first, end)
+            if not revoked:
+                holder, stop = self.locate(snapshot, first, stop)
+                runs.append((holder, first, stop))
+            first = stop
+        return runs
+
+    def _reads_disk(self, snapshot: Snapshot, first: int, end: int) -> bool:
+        return any(holder is None for holder, _, _ in self._runs(snapshot, first, end))
+
+    def _reads_from(self, snapshot: Snapshot, scratch_of: Snapshot, first: int, end: int) -> bool:
+        return any(holder is scratch_of for holder, _, _ in self._runs(snapshot, first, end))
+
+
+async def _done_in_time(future: asyncio.Future[bool], deadline: float | None) -> bool:
+    """Awaits `future`; completes it with False itself at `deadline` (in the loop's time)."""
+    if deadline is None:
+        return await future
+    handle = asyncio.get_running_loop().call_at(deadline, _complete, future)
+    try:
+        return await future
+    finally:
+        handle.cancel()
+
+
+def _complete(future: asyncio.Future[bool]) -> None:
+    if not future.done():
+        future.set_result(False)

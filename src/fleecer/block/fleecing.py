@@ -1,0 +1,164 @@
+"""Cutting live disks: putting copy-before-write filters above them, all at one instant, and taking them away again.
+
+Both fleecing schemes start here. A snapshot read through snapshot-access shares one filter with all others of its disk;
+a target that is read directly, because the disk is in its backing chain (QEMU's first scheme), needs every copy for
+itself, so it gets a filter of its own.
+
+Invariants:
+- The instant of a cut is one step: all edges concerned are drained, and nothing is awaited between the first disk and
+  the last. Either every disk is cut or none is, and then the graph is as it was.
+- Copies serialise whenever the disk is anywhere in the target's backing chain.
+- A target through which the past is read directly answers no read once its snapshot broke or ended (`Node.check`):
+  it would be the disk's present.
+- Whoever writes to the disk otherwise than through the filter makes the cut fail.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from fleecer.block.copier import CLUSTER_SIZE_BYTES, TIMEOUT_S, Copier, OnError, Snapshot
+from fleecer.block.edge import Edge
+from fleecer.block.graph import DRAIN_TIMEOUT_S, FILTER_ROLE, Graph
+from fleecer.block.node import Node
+from fleecer.block.nodes.copy_before_write import CopyBeforeWriteNode
+from fleecer.errors import FleecerError, UsageError, quoted
+
+
+@dataclasses.dataclass(slots=True)
+class Plan:
+    """One disk's part of a cut.
+
+    `scratch` is an attached, writable edge to where old data goes; the cut takes it over if it succeeds. `fresh` says
+    that it was never written, and reads as zeroes. With `share`
+    the filter already above the disk is used, if it too was made for sharing. `name` is the snapshot's, in messages.
+    """
+
+    node: Node
+    scratch: Edge
+    name: str
+    fresh: bool = False
+    share: bool = False
+    filter_name: str | None = None
+    on_error: OnError = "break-snapshot"
+    timeout_s: float = TIMEOUT_S
+    cluster_size_bytes: int = CLUSTER_SIZE_BYTES
+
+
+@dataclasses.dataclass(slots=True)
+class Fleece:
+    """One disk's snapshot in the graph: its filter, and the snapshot in the filter's copier."""
+
+    filter: CopyBeforeWriteNode
+    snapshot: Snapshot
+    shared: bool
+
+    @property
+    def copier(self) -> Copier:
+        """The copier that keeps the snapshot."""
+        return self.filter.copier
+
+
+def check_scratch(node: Node, scratch: Node) -> None:
+    """Raises UsageError unless `scratch` can hold the old data of `node`."""
+    if scratch.size != node.size:
+        raise UsageError(
+            f"target {quoted(scratch.name)} has {scratch.size} bytes, the disk {quoted(node.name)} has {node.size}; "
+            "they must be equal"
+        )
+
+
+async def cut(graph: Graph, plans: Sequence[Plan], *, timeout_s: float = DRAIN_TIMEOUT_S) -> list[Fleece]:
+    """Takes a snapshot of every disk planned, all of the same instant, while requests go on.
+
+    On return each is in force: no write that follows changes what it reads. Raises what made it impossible
+    (PermissionConflict, UsageError, IoError on a disk that did not come to rest in `timeout_s`); then nothing changed,
+    and the scratch edges are still the caller's.
+    """
+    for plan in plans:
+        if plan.share:
+            plan.node = _shared_filter(graph, plan.node) or plan.node
+        check_scratch(plan.node, plan.scratch.node)
+        if plan.filter_name is not None:
+            graph.claim_name(plan.filter_name)
+    edges: dict[int, Edge] = {}
+    for plan in plans:
+        edges.update((id(edge), edge) for edge in graph.edges_to_cover(plan.node, plan.scratch.node))
+    done: list[Fleece] = []
+    async with graph.drained(list(edges.values()), timeout_s=timeout_s):
+        try:
+            for plan in plans:
+                done.append(_cut_one(graph, plan))  # noqa: PERF401 - if one fails, those done are taken back
+        except FleecerError:
+            for fleece in reversed(done):
+                _uncut_drained(graph, fleece)
+            raise
+    return done
+
+
+def _cut_one(graph: Graph, plan: Plan) -> Fleece:
+    node, target = plan.node, plan.scratch.node
+    if plan.share and isinstance(node, CopyBeforeWriteNode) and node.shared:
+        snapshot = node.copier.take(plan.name, plan.scratch, fresh=plan.fresh)
+        node.follow_scratches()
+        return Fleece(node, snapshot, shared=True)
+    covered = graph.edges_to_cover(node, target)
+    source = Edge(node, f"node {quoted(plan.filter_name or plan.name)}", FILTER_ROLE, writable=not node.read_only)
+    copier = Copier(
+        source,
+        cluster_size_bytes=max(plan.cluster_size_bytes, target.limits.cluster_size_bytes),
+        on_error=plan.on_error,
+        timeout_s=plan.timeout_s,
+    )
+    filter_node = CopyBeforeWriteNode(plan.filter_name or graph.fresh_name(), copier, shared=plan.share)
+    graph.insert(filter_node, source, covered)
+    fleecing = graph.reaches(target, node)
+    snapshot = copier.take(plan.name, plan.scratch, fresh=plan.fresh, serialising=fleecing)
+    if fleecing:
+        target.check = snapshot.check  # whoever reads the disk's past through the target hears of it if that breaks
+    filter_node.follow_scratches()
+    return Fleece(filter_node, snapshot, shared=plan.share)
+
+
+def _shared_filter(graph: Graph, node: Node) -> CopyBeforeWriteNode | None:
+    """The filter to share that stands on `node` already."""
+    for candidate in graph.nodes():
+        if isinstance(candidate, CopyBeforeWriteNode) and candidate.shared and candidate.child.node is node:
+            return candidate
+    return None
+
+
+def _uncut_drained(graph: Graph, fleece: Fleece) -> None:
+    """Takes back a cut of this very step; everything is still drained, so nothing was copied."""
+    fleece.copier.retire(fleece.snapshot)
+    fleece.filter.follow_scratches()
+    fleece.snapshot.scratch.node.check = None
+    if not fleece.copier.snapshots:
+        graph.bypass(fleece.filter)
+
+
+async def uncut(graph: Graph, fleece: Fleece, *, timeout_s: float = DRAIN_TIMEOUT_S) -> None:
+    """Ends a snapshot: its scratch goes as soon as nothing needs it, and the filter with its last snapshot.
+
+    Nobody may be reading the snapshot any more. The disk's requests go on throughout. Raises IoError (ETIMEDOUT) if
+    the disk does not come to rest so that the filter could be taken out; the filter then stays, idle and harmless.
+    """
+    await release_scratch(graph, fleece)
+    filter_node = fleece.filter
+    if filter_node.copier.snapshots or filter_node not in graph.nodes():
+        return
+    parents = graph.parents(filter_node)
+    async with graph.drained(parents, timeout_s=timeout_s):
+        if filter_node.copier.snapshots or filter_node not in graph.nodes():
+            return  # somebody took a snapshot, or the filter out, while we waited our turn
+        graph.bypass(filter_node)
+    await graph.drop_bypassed(filter_node)
+
+
+async def release_scratch(graph: Graph, fleece: Fleece) -> None:
+    """Gives up what a snapshot holds, without touching the filter: for one that broke. Idempotent."""
+    idle = fleece.copier.retire(fleece.snapshot)
+    fleece.filter.follow_scratches()
+    for scratch in idle:
+        await graph.drain_and_detach(scratch)

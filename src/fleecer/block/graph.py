@@ -1,0 +1,280 @@
+"""The graph: which nodes there are, which edges hold them, and changing that under running requests.
+
+Invariants:
+- Every edge is made by `attach` and ended by `detach`; a node without edges that its owner did not name is closed.
+- Two edges of a node never conflict: none writes where another does not share writing.
+- A live change closes the gates of all edges concerned, waits until no request is in flight behind any, changes, and
+  opens them: what is done inside `drained` is one instant for every request.
+- One drain at a time; those who drain wait for one another, and never while they hold a gate.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+from collections.abc import AsyncIterator, Collection, Iterable
+
+from fleecer.block.edge import Edge
+from fleecer.block.node import Node
+from fleecer.errors import FleecerError, InUse, IoError, NotFound, PermissionConflict, UsageError, quoted
+
+DRAIN_TIMEOUT_S = 30.0
+FILTER_ROLE = "filtered"
+"""Role of the edge from a copy-before-write filter to its disk: whoever wants the disk must use the filter."""
+SNAPSHOT_ROLE = "snapshot"
+"""Role of an edge that keeps a filter alive for a snapshot but carries no request; filters leave it alone."""
+NODES_MAX = 16384
+
+
+class Graph:
+    """The nodes of one daemon (or one embedding program), by name."""
+
+    def __init__(self) -> None:
+        self._nodes: dict[str, Node] = {}
+        self._named: set[str] = set()  # kept until `remove`, edges or not
+        self._edges: dict[Node, list[Edge]] = {}
+        self._drain_lock = asyncio.Lock()
+        self._serial = 0
+
+    # Nodes.
+
+    def fresh_name(self) -> str:
+        """A name for a node that nobody named, as QEMU makes them: "#block17". Users cannot choose such a name."""
+        self._serial += 1
+        return f"#block{self._serial:03d}"
+
+    def claim_name(self, name: str) -> None:
+        """Raises UsageError unless `name` is free and well-formed."""
+        if name in self._nodes:
+            raise UsageError(f"node name {quoted(name)} is taken; choose another")
+        if len(self._nodes) >= NODES_MAX:
+            raise UsageError(f"there are {NODES_MAX} nodes, which is the limit")
+
+    def add(self, node: Node, *, named: bool) -> None:
+        """Registers an open node. With `named` it stays until `remove`; else until its last edge goes."""
+        self.claim_name(node.name)
+        self._nodes[node.name] = node
+        self._edges.setdefault(node, [])
+        if named:
+            self._named.add(node.name)
+
+    def find(self, name: str) -> Node:
+        """The node of that name. Raises NotFound."""
+        try:
+            return self._nodes[name]
+        except KeyError:
+            raise NotFound("node", name) from None
+
+    def nodes(self) -> list[Node]:
+        """Every node, in the order of registration."""
+        return list(self._nodes.values())
+
+    def parents(self, node: Node) -> tuple[Edge, ...]:
+        """The edges that lead to `node`."""
+        return tuple(self._edges.get(node, ()))
+
+    async def remove(self, name: str) -> None:
+        """Closes a named node. Raises NotFound, or InUse while an edge leads to it."""
+        node = self.find(name)
+        if name not in self._named:
+            holder = self._edges[node][0] if self._edges[node] else "its parent"
+            raise InUse(f"node {quoted(name)} belongs to {holder} and goes with it")
+        if self._edges[node]:
+            raise InUse(f"node {quoted(name)} is in use by {self._edges[node][0]}; remove that first")
+        self._named.discard(name)
+        await self._close(node)
+
+    async def close(self) -> None:
+        """Closes every node, parents before children. Raises the first failure after trying all."""
+        failures: list[FleecerError] = []
+        self._named.clear()
+        while self._nodes:
+            node = next((n for n in self._nodes.values() if not self._edges[n]), next(iter(self._nodes.values())))
+            try:
+                await self._close(node)
+            except FleecerError as error:
+                failures.append(error)
+        if failures:
+            raise failures[0]
+
+    async def _close(self, node: Node) -> None:
+        self._nodes.pop(node.name, None)
+        try:
+            await node.close()
+        finally:
+            children, node.children = node.children, ()
+            for edge in children:
+                await self.detach(edge)
+            self._edges.pop(node, None)
+
+    # Edges.
+
+    def attach(
+        self,
+        node: Node,
+        parent: str,
+        role: str,
+        *,
+        writable: bool = False,
+        shares_write: bool = True,
+        may_grow: bool = False,
+    ) -> Edge:
+        """A new edge to `node`. Raises PermissionConflict; then nothing changed."""
+        if writable and node.read_only:
+            raise PermissionConflict(
+                f"{parent} ({role}) wants to write to node {quoted(node.name)}, which is read-only"
+            )
+        edge = Edge(node, parent, role, writable=writable, shares_write=shares_write, may_grow=may_grow)
+        _check_permissions(node, edge, self._edges[node])
+        self._edges[node].append(edge)
+        return edge
+
+    async def detach(self, edge: Edge) -> None:
+        """Ends an edge, which must have no request in flight. Closes the node if nothing else holds it."""
+        node = edge.node
+        holders = self._edges.get(node)
+        if holders is None or edge not in holders:
+            return
+        holders.remove(edge)
+        if not holders and node.name in self._nodes and node.name not in self._named:
+            await self._close(node)
+
+    def forget(self, edge: Edge) -> None:
+        """Ends an edge made just now, whose node stays in any case."""
+        self._edges[edge.node].remove(edge)
+
+    async def discard_unused(self, node: Node) -> None:
+        """Closes a node that was made for a parent which did not come to be."""
+        if not self._edges.get(node) and node.name in self._nodes:
+            self._named.discard(node.name)
+            await self._close(node)
+
+    async def drain_and_detach(self, edge: Edge) -> None:
+        """Waits for the requests in flight on `edge`, lets no new one start, and ends it."""
+        edge.close_gate()
+        await edge.idle()
+        await self.detach(edge)
+
+    def top(self, node: Node) -> Node:
+        """The topmost filter that protects `node` against changes that pass it by, or `node` itself."""
+        covers = [edge for edge in self._edges[node] if edge.role == FILTER_ROLE]
+        return self.top(self._parent_of(covers[0])) if covers else node
+
+    def _parent_of(self, edge: Edge) -> Node:
+        return next(node for node in self._nodes.values() if edge in node.children)
+
+    def reaches(self, start: Node, target: Node) -> bool:
+        """Whether `target` is `start` or anywhere below it (backing chain, filters, files)."""
+        seen: set[int] = set()
+        heap = [start]
+        while heap:
+            node = heap.pop()
+            if node is target:
+                return True
+            if id(node) not in seen:
+                seen.add(id(node))
+                heap += [edge.node for edge in node.children]
+        return False
+
+    # Changing the graph under way.
+
+    @contextlib.asynccontextmanager
+    async def drained(self, edges: Collection[Edge], *, timeout_s: float = DRAIN_TIMEOUT_S) -> AsyncIterator[None]:
+        """Inside, no request is in flight on any of `edges`, and none starts. They go on when it is left.
+
+        Raises IoError (ETIMEDOUT) naming the edge whose requests did not end in `timeout_s`; then all go on as before.
+        """
+        async with self._drain_lock:
+            closed: list[Edge] = []
+            try:
+                for edge in edges:
+                    edge.close_gate()
+                    closed.append(edge)
+                await _all_idle(closed, timeout_s)
+                yield
+            finally:
+                for edge in closed:
+                    edge.open_gate()
+
+    def edges_to_cover(self, node: Node, target: Node | None = None) -> list[Edge]:
+        """The edges a filter put above `node` takes over: all that lead to it, save those from below `target`.
+
+        `target` is what the filter copies to: where `node` is in its backing chain, that edge must go on to read
+        `node` itself, else the filter would stand above its own target.
+        """
+        below = self._subtree_edges(target) if target is not None else set()
+        return [edge for edge in self._edges[node] if id(edge) not in below and edge.role != SNAPSHOT_ROLE]
+
+    def insert(self, filter_node: Node, below: Edge, covered: Iterable[Edge]) -> None:
+        """Puts `filter_node` between the drained edges `covered` and their node, to which its edge `below` leads.
+
+        The filter lives as long as it has edges. Raises PermissionConflict before anything changed, where somebody
+        outside `covered` writes to the node: the filter would not see those writes.
+        """
+        node = below.node
+        moving = list(covered)
+        below.shares_write = False
+        _check_permissions(node, below, [edge for edge in self._edges[node] if edge not in moving])
+        self.add(filter_node, named=False)
+        self._edges[node].append(below)
+        self._move(moving, filter_node)
+
+    def bypass(self, filter_node: Node) -> None:
+        """Makes every drained edge to `filter_node` lead to its first child instead. `drop_bypassed` must follow."""
+        self._move(self.parents(filter_node), filter_node.children[0].node)
+        del self._nodes[filter_node.name]
+        # Its own edge may have requests of background copies in flight still, but forbids nobody anything from now on.
+        filter_node.children[0].shares_write = True
+
+    async def drop_bypassed(self, filter_node: Node) -> None:
+        """Closes a filter that `bypass` took out, once its own requests have ended."""
+        for edge in filter_node.children:
+            await self.drain_and_detach(edge)
+        filter_node.children = ()
+        self._edges.pop(filter_node, None)
+        await filter_node.close()
+
+    def _move(self, edges: Iterable[Edge], node: Node) -> None:
+        for edge in list(edges):
+            self._edges[edge.node].remove(edge)
+            edge.node = node
+            self._edges[node].append(edge)
+
+    def _subtree_edges(self, top: Node) -> set[int]:
+        found: set[int] = set()
+        heap = [top]
+        while heap:
+            for edge in heap.pop().children:
+                if id(edge) not in found:
+                    found.add(id(edge))
+                    heap.append(edge.node)
+        return found
+
+
+def _check_permissions(node: Node, edge: Edge, others: Iterable[Edge]) -> None:
+    for other in others:
+        for writer, holder in ((edge, other), (other, edge)):
+            if writer.writable and not holder.shares_write:
+                raise PermissionConflict(
+                    f"{edge} cannot have node {quoted(node.name)}: {writer} writes to it, "
+                    f"and {holder} does not share that"
+                )
+
+
+async def _all_idle(edges: Collection[Edge], timeout_s: float) -> None:
+    busy = [edge for edge in edges if edge.busy]
+    if not busy:
+        return
+    try:
+        async with asyncio.timeout(timeout_s):
+            for edge in busy:
+                await edge.idle()
+    except TimeoutError:
+        late = next((edge for edge in busy if edge.busy), busy[0])
+        raise IoError(
+            errno.ETIMEDOUT,
+            late.node.name,
+            "drain",
+            detail=f"{late.busy} requests of {late} did not end in {timeout_s:g} s",
+        ) from None

@@ -1,0 +1,99 @@
+"""Requests in flight over byte ranges, and who waits for whom: the only waiting for overlap in the program.
+
+A claim covers [offset, offset + length). Two claims conflict when they overlap and at least one of them is
+*serialising*. A claim is granted once every conflicting claim that entered before it has left.
+
+Invariants:
+- Order of entry decides: a claim waits for earlier ones only, so claims of one InFlight cannot wait in a circle, as
+  long as no request enters a second claim while it holds one on the same InFlight.
+- Entering and finding out whom to wait for is one step, with no await between: marking a range without waiting for
+  those already in it does not serialise.
+- A claim that leaves before it was granted (its request failed) releases those behind it all the same.
+- A claim never spans a write to a socket, so a client that stops reading stalls nobody.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+
+class Claim:
+    """One request's hold on a range. Made by `InFlight.enter`, ended by `InFlight.leave`."""
+
+    __slots__ = ("blockers", "dependents", "end", "serialising", "start", "waiter")
+
+    def __init__(self, start: int, end: int, serialising: bool) -> None:
+        self.start = start
+        self.end = end
+        self.serialising = serialising
+        self.blockers = 0
+        self.dependents: list[Claim] = []
+        self.waiter: asyncio.Future[bool] | None = None
+
+    async def granted(self) -> None:
+        """Returns when no earlier conflicting claim is left. Call it only where `blockers` is not 0, and once."""
+        if self.blockers:
+            self.waiter = asyncio.get_running_loop().create_future()
+            await self.waiter
+
+
+class InFlight:
+    """The claims on one node's ranges.
+
+    `serialise=False` switches all waiting off: for tests that must show what goes wrong without it.
+    """
+
+    __slots__ = ("_claims", "_serialise", "_serialising_count")
+
+    def __init__(self, *, serialise: bool = True) -> None:
+        self._claims: list[Claim] = []
+        self._serialising_count = 0
+        self._serialise = serialise
+
+    def __len__(self) -> int:
+        return len(self._claims)
+
+    def enter(self, offset: int, length: int, serialising: bool = False) -> Claim:
+        """Claims a range at once. The caller must await `granted()` if `blockers` is not 0, and `leave` in any case."""
+        claim = Claim(offset, offset + length, serialising)
+        if self._claims and (serialising or self._serialising_count) and self._serialise:
+            self._hang_behind(claim)
+        self._claims.append(claim)
+        self._serialising_count += serialising
+        return claim
+
+    def leave(self, claim: Claim) -> None:
+        """Ends a claim and releases whoever waited for it."""
+        self._claims.remove(claim)
+        self._serialising_count -= claim.serialising
+        for dependent in claim.dependents:
+            dependent.blockers -= 1
+            waiter = dependent.waiter
+            if not dependent.blockers and waiter is not None and not waiter.done():
+                waiter.set_result(True)
+
+    def overlaps(self, offset: int, length: int) -> bool:
+        """Whether any claim touches the range."""
+        end = offset + length
+        return any(claim.start < end and offset < claim.end for claim in self._claims)
+
+    def until_clear(self, offset: int, length: int) -> asyncio.Future[bool] | None:
+        """A future that becomes True when every claim that overlaps the range now has left; None if there is none.
+
+        Claims that enter later are not waited for, and are not held up. Whoever waits may give up by completing the
+        future with False.
+        """
+        bystander = Claim(offset, offset + length, serialising=True)
+        if self._serialise:
+            self._hang_behind(bystander)
+        if not bystander.blockers:
+            return None
+        bystander.waiter = asyncio.get_running_loop().create_future()
+        return bystander.waiter
+
+    def _hang_behind(self, claim: Claim) -> None:
+        start, end, serialising = claim.start, claim.end, claim.serialising
+        for earlier in self._claims:
+            if earlier.start < end and start < earlier.end and (serialising or earlier.serialising):
+                earlier.dependents.append(claim)
+                claim.blockers += 1

@@ -1,0 +1,137 @@
+"""What every node of the block graph is: six operations on a range of bytes, and data about itself.
+
+A node is a source or a transformer of bytes: a file, a format over a file, a filter. Parents never hold a node, they
+hold an `Edge` (edge.py), which checks the range, the permission and the gate; a node may therefore assert them.
+
+Invariants that every node keeps:
+- Offsets and lengths are bytes, 0 <= offset, 0 < length, offset + length <= size (writes to a growable node may pass it).
+- What `pread` returns is private: no later write changes it, and the node keeps no reference to it.
+- What `pwrite` is given is not changed by the caller until the call returns, and not kept after it.
+- When an operation returns, its effect is visible to every later operation; it is durable only after a later `flush`.
+- No operation is cancelled from outside; one that fails raises `IoError` or another `FleecerError` and leaves, for
+  every sector of a write's range, the old or the new bytes.
+- A node never learns who its parents are.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
+
+from fleecer.block.inflight import InFlight
+from fleecer.ranges import Buffer
+from fleecer.units import MiB
+
+if TYPE_CHECKING:
+    from fleecer.block.edge import Edge
+
+HOLE = 1
+"""Status flag: nothing is allocated there, a write may need space (NBD base:allocation, NBD_STATE_HOLE)."""
+ZERO = 2
+"""Status flag: reads as zeroes (NBD base:allocation, NBD_STATE_ZERO)."""
+
+
+class Extent(NamedTuple):
+    """A run of bytes of one kind. `flags` is an or of HOLE and ZERO; 0 (plain data) is always a safe answer."""
+
+    length: int
+    flags: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Limits:
+    """What a node can do, as data. The edge above splits, pads and refuses accordingly.
+
+    request_alignment_bytes  offsets and lengths of reads and writes must be multiples (a power of two); the edge pads
+    preferred_bytes          requests aligned to this are served best (a power of two, at least 512)
+    transfer_max_bytes       longest read or write in one call; the edge splits
+    cluster_size_bytes       unit of allocation, 1 where there is none
+    zero_is_fast             `zero` never writes the zeroes out one by one
+    can_discard              `discard` may free space (it never fails for lack of it)
+    growable                 a write beyond `size` extends the node
+    reads_zero_when_new      bytes never written read as zero, and cost no space
+    """
+
+    request_alignment_bytes: int = 1
+    preferred_bytes: int = 4096
+    transfer_max_bytes: int = 32 * MiB
+    cluster_size_bytes: int = 1
+    zero_is_fast: bool = True
+    can_discard: bool = True
+    growable: bool = False
+    reads_zero_when_new: bool = False
+
+
+class Node(abc.ABC):
+    """One node. Subclasses set `size`, `limits`, `read_only` and `children` before anything is attached to them."""
+
+    driver: ClassVar[str] = ""
+
+    __slots__ = ("check", "children", "limits", "name", "padding", "read_only", "size")
+
+    def __init__(self, name: str, size: int, *, limits: Limits, read_only: bool = False) -> None:
+        self.name = name
+        self.size = size
+        self.limits = limits
+        self.read_only = read_only
+        self.children: tuple[Edge, ...] = ()
+        # Called by the edge after each read or status, before its outcome is used: raises once what is read through
+        # this node has become untrue (a fleecing target whose snapshot broke).
+        self.check: Callable[[], None] | None = None
+        # Claims for read-modify-write, shared by all edges to this node (edge.py); only nodes that need padding have one.
+        self.padding = InFlight() if limits.request_alignment_bytes > 1 else None
+
+    @abc.abstractmethod
+    async def pread(self, offset: int, length: int) -> Buffer:
+        """Exactly `length` bytes from `offset`. Raises IoError; then nothing was changed."""
+
+    @abc.abstractmethod
+    async def pwrite(self, offset: int, data: Buffer, serialising: bool = False) -> None:
+        """Writes all of `data` at `offset`.
+
+        `serialising` asks that this request and every overlapping one on this node wait for each other, from before
+        the node looks up where the bytes live (QEMU's BDRV_REQ_SERIALISING). Filters pass it on; a node without a
+        look-up may ignore it.
+        """
+
+    @abc.abstractmethod
+    async def zero(self, offset: int, length: int, unmap: bool = True, serialising: bool = False) -> None:
+        """Makes the range read as zeroes. With `unmap` space may be freed; without, it stays, or is, allocated."""
+
+    @abc.abstractmethod
+    async def discard(self, offset: int, length: int) -> None:
+        """The range's content is no longer needed: a hint. Afterwards each byte reads as zero or as it was."""
+
+    @abc.abstractmethod
+    async def flush(self) -> None:
+        """Returns when every write, zero and discard that returned before this call is on stable storage.
+
+        A failure is final: each later flush of the node fails too, until it is opened anew.
+        """
+
+    @abc.abstractmethod
+    async def block_status(self, offset: int, length: int) -> list[Extent]:
+        """What the range holds, from `offset` on: at least one extent, in order, together at most `length` bytes.
+
+        The answer may stop early; ask again from there. ZERO is said only where reads return zeroes; neighbours of
+        equal kind are merged.
+        """
+
+    async def close(self) -> None:
+        """Flushes nothing, waits for nothing in flight (the edges did), gives descriptors and locks back."""
+        return
+
+
+def merge_extents(extents: list[Extent]) -> list[Extent]:
+    """The same runs with equal neighbours joined and empty ones dropped."""
+    merged: list[Extent] = []
+    for extent in extents:
+        if not extent.length:
+            continue
+        if merged and merged[-1].flags == extent.flags:
+            merged[-1] = Extent(merged[-1].length + extent.length, extent.flags)
+        else:
+            merged.append(extent)
+    return merged

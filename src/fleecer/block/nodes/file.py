@@ -1,0 +1,169 @@
+"""file: the bottom of the graph, one regular file or block device (QEMU's drivers file and host_device).
+
+Reads and writes that need not wait happen inside the call; the rest goes to the storage's threads.
+
+Invariants:
+- pread(2) and pwrite(2) are not atomic towards each other on all file systems. So whatever goes to a thread claims its
+  range, reads shared and changes serialising, and nothing is done inline on a range that is claimed. Looking and doing
+  are one step, with no await between.
+- A flush covers what had returned when it began; what ends while it runs waits for the next. Flushes that come while
+  one runs share the next one, and a flush after which nothing changed does nothing.
+- The first failed flush is final: the kernel may have thrown the data away, and would say "done" next time. Every later
+  flush fails with the same error number until the image is opened anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+
+from fleecer import eager
+from fleecer.block.inflight import InFlight
+from fleecer.block.node import HOLE, ZERO, Extent, Limits, Node, merge_extents
+from fleecer.errors import IoError, UsageError, quoted
+from fleecer.ranges import Buffer
+from fleecer.storage.api import Storage
+
+
+class FileNode(Node):
+    """A storage as a node. It owns the storage and closes it.
+
+    Raises UsageError for a writable storage whose end is not aligned as its requests must be: padding would grow it.
+    """
+
+    driver = "file"
+
+    __slots__ = ("_changes", "_poison", "_pooled", "_synced", "_syncing", "storage")
+
+    def __init__(self, name: str, storage: Storage) -> None:
+        limits = storage.limits
+        if not storage.read_only and storage.size % limits.alignment_bytes:
+            raise UsageError(
+                f"image {quoted(storage.name)}: its size of {storage.size} bytes is not a multiple of"
+                f" {limits.alignment_bytes}, as writing here needs; resize it, or open it read-only"
+            )
+        super().__init__(
+            name,
+            storage.size,
+            limits=Limits(
+                request_alignment_bytes=limits.alignment_bytes,
+                preferred_bytes=limits.preferred_bytes,
+                zero_is_fast=limits.zero_is_fast,
+                can_discard=limits.can_discard,
+                growable=limits.growable,
+                reads_zero_when_new=limits.reads_zero_when_new,
+            ),
+            read_only=storage.read_only,
+        )
+        self.storage = storage
+        self._pooled = InFlight()
+        # Changes ended so far, and how many of them are durable. What was there at the start may not be either.
+        self._changes = 0 if storage.read_only else 1
+        self._synced = 0
+        self._syncing: asyncio.Task[None] | None = None
+        self._poison: IoError | None = None
+
+    async def pread(self, offset: int, length: int) -> Buffer:
+        """See `Node.pread`. Past the end of the file, up to the alignment, there are zeroes."""
+        pooled = self._pooled
+        if not len(pooled) or not pooled.overlaps(offset, length):
+            data = self.storage.try_pread(offset, length)
+            if data is not None:
+                return data
+        claim = pooled.enter(offset, length)
+        try:
+            if claim.blockers:
+                await claim.granted()
+            return await self.storage.pread(offset, length)
+        finally:
+            pooled.leave(claim)
+
+    async def pwrite(self, offset: int, data: Buffer, serialising: bool = False) -> None:
+        """See `Node.pwrite`. Overlapping requests wait for each other where it matters, `serialising` or not."""
+        pooled = self._pooled
+        length = len(data)
+        if (not len(pooled) or not pooled.overlaps(offset, length)) and self._try_pwrite(offset, data):
+            return
+        claim = pooled.enter(offset, length, serialising=True)
+        try:
+            if claim.blockers:
+                await claim.granted()
+            await self.storage.pwrite(offset, data)
+        finally:
+            self._changed(offset + length)
+            pooled.leave(claim)
+
+    async def zero(self, offset: int, length: int, unmap: bool = True, serialising: bool = False) -> None:
+        """See `Node.zero`."""
+        claim = self._pooled.enter(offset, length, serialising=True)
+        try:
+            if claim.blockers:
+                await claim.granted()
+            await self.storage.zero(offset, length, unmap)
+        finally:
+            self._changed(offset + length)
+            self._pooled.leave(claim)
+
+    async def discard(self, offset: int, length: int) -> None:
+        """See `Node.discard`."""
+        claim = self._pooled.enter(offset, length, serialising=True)
+        try:
+            if claim.blockers:
+                await claim.granted()
+            await self.storage.discard(offset, length)
+        finally:
+            self._changed(0)
+            self._pooled.leave(claim)
+
+    async def flush(self) -> None:
+        """See `Node.flush`."""
+        wanted = self._changes
+        while self._synced < wanted or self._poison is not None:
+            if self._poison is not None:
+                raise self._poisoned(self._poison)
+            # In a task of its own where it has to wait: a flush that is cancelled must not take the outcome with it.
+            if self._syncing is None:
+                self._syncing = eager.start(self._sync())
+            if self._syncing is not None:
+                await asyncio.shield(self._syncing)
+
+    async def block_status(self, offset: int, length: int) -> list[Extent]:
+        """See `Node.block_status`."""
+        runs = await self.storage.extents(offset, length)
+        return merge_extents([Extent(run, 0 if is_data else HOLE | ZERO) for run, is_data in runs])
+
+    async def close(self) -> None:
+        """See `Node.close`."""
+        await self.storage.close()
+
+    def _try_pwrite(self, offset: int, data: Buffer) -> bool:
+        try:
+            done = self.storage.try_pwrite(offset, data)
+        except IoError:
+            self._changed(0)
+            raise
+        if done:
+            self._changed(offset + len(data))
+        return done
+
+    def _changed(self, end: int) -> None:
+        """Notes a change that has ended, failed or not: a failed one may have changed a part."""
+        self._changes += 1
+        if end > self.size:
+            self.size = max(self.size, self.storage.size)
+
+    async def _sync(self) -> None:
+        covered = self._changes
+        try:
+            await self.storage.sync()
+            self._synced = covered
+        except IoError as error:
+            self._poison = error
+        finally:
+            self._syncing = None
+
+    def _poisoned(self, cause: IoError) -> IoError:
+        detail = f"{os.strerror(cause.errno)}; what was written may be lost: check it, and open the image anew"
+        error = IoError(cause.errno, self.name, "flush", detail=detail)
+        error.__cause__ = cause
+        return error

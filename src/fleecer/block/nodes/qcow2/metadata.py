@@ -1,0 +1,122 @@
+"""Parts of tables kept in memory, and work that several requests want done once.
+
+Invariants: a slice that is dirty, or on its way to the file, or held by a writer, is never dropped, so what the cache
+holds is what the image means; concurrent readers of one slice share one read. The cache is bounded but for such slices.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Hashable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class SingleFlight:
+    """Lets one of several callers do a piece of work; the others wait for its end, whatever that is."""
+
+    def __init__(self) -> None:
+        self._running: dict[Hashable, asyncio.Future[None]] = {}
+
+    async def run(self, key: Hashable, work: Callable[[], Awaitable[None]]) -> None:
+        """Does `work`, or waits until who is doing it for `key` has ended or failed. Callers check again afterwards."""
+        running = self._running.get(key)
+        if running is not None:
+            await running
+            return
+        done = self._running[key] = asyncio.get_running_loop().create_future()
+        try:
+            await work()
+        finally:
+            del self._running[key]
+            done.set_result(None)
+
+
+class Slice(Generic[T]):
+    """A part of a table. Who changes `data` marks it dirty in the same step; `pins` keep it in the cache."""
+
+    __slots__ = ("data", "offset", "pins", "used")
+
+    def __init__(self, offset: int, data: T) -> None:
+        self.offset = offset
+        self.data = data
+        self.pins = 0
+        self.used = True
+
+
+class SliceCache(Generic[T]):
+    """Slices of one kind of table, by their host offset.
+
+    `slices` may be looked into directly: set `used` on what is found, it decides what is dropped first.
+    """
+
+    def __init__(self, slice_bytes: int, bytes_max: int, read: Callable[[int], Awaitable[T]]) -> None:
+        self.slice_bytes = slice_bytes
+        self.slices: OrderedDict[int, Slice[T]] = OrderedDict()
+        self.dirty: dict[int, Slice[T]] = {}
+        self._slices_max = max(bytes_max // slice_bytes, 1)
+        self._read = read
+        self._loading: dict[int, asyncio.Future[None]] = {}
+
+    @property
+    def dirty_bytes(self) -> int:
+        """Bytes that a commit would write now."""
+        return len(self.dirty) * self.slice_bytes
+
+    async def fetch(self, offset: int) -> Slice[T]:
+        """The slice at `offset`, read if need be. Without a wait after it, it is in the cache."""
+        while True:
+            slice_ = self.slices.get(offset)
+            if slice_ is not None:
+                slice_.used = True
+                return slice_
+            loading = self._loading.get(offset)
+            if loading is None:
+                await self._load(offset)
+            else:
+                await loading
+
+    async def _load(self, offset: int) -> None:
+        done = self._loading[offset] = asyncio.get_running_loop().create_future()
+        try:
+            data = await self._read(offset)
+            if self._loading.get(offset) is done:
+                self._make_room()
+                self.slices[offset] = Slice(offset, data)
+        finally:
+            if self._loading.get(offset) is done:
+                del self._loading[offset]
+            done.set_result(None)
+
+    def _make_room(self) -> None:
+        slices = self.slices
+        tries = 2 * len(slices)
+        while len(slices) >= self._slices_max and tries:
+            tries -= 1
+            offset, slice_ = next(iter(slices.items()))
+            if slice_.used or slice_.pins or offset in self.dirty:
+                slice_.used = False
+                slices.move_to_end(offset)
+            else:
+                del slices[offset]
+
+    def mark_dirty(self, slice_: Slice[T]) -> None:
+        """Notes that `slice_`, which is in the cache, has changed."""
+        self.dirty[slice_.offset] = slice_
+
+    def take_dirty(self) -> list[Slice[T]]:
+        """All dirty slices, from now on clean but pinned: the caller copies them at once and unpins them later."""
+        taken = list(self.dirty.values())
+        for slice_ in taken:
+            slice_.pins += 1
+        self.dirty.clear()
+        return taken
+
+    def forget(self, offset: int, length: int) -> None:
+        """Drops what is known of a host range that from now on holds another table."""
+        for at in range(offset, offset + length, self.slice_bytes):
+            slice_ = self.slices.pop(at, None)
+            assert slice_ is None or not (slice_.pins or at in self.dirty), f"slice at {at} of a freed table is in use"
+            self._loading.pop(at, None)

@@ -1,0 +1,221 @@
+"""One NBD client's connection: bytes in, requests run to completion where they need not wait, replies out.
+
+Invariants:
+- Every request gets exactly one final reply. A request that ends without one is answered EIO, and raises in tests.
+- Replies made in one turn leave in one send. No request spans a send: a client that does not read holds no claim.
+- Memory is bounded: no request starts while `IN_FLIGHT_BYTES_MAX` bytes are in flight, or `QUEUED_BYTES_MAX` unsent.
+- A connection that ends waits for its requests in flight; their replies are dropped, their effects are not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import errno
+import logging
+from typing import TYPE_CHECKING
+
+from fleecer import eager
+from fleecer.errors import FleecerError, IoError, told
+from fleecer.export.export import Export
+from fleecer.net.stream import Stream
+from fleecer.units import MiB
+from fleecer.wire.nbd import Request, ServerCodec
+from fleecer.wire.nbd.constants import CMD_BLOCK_STATUS, CMD_READ
+
+if TYPE_CHECKING:
+    from fleecer.export.server import Server
+
+IN_FLIGHT_MAX = 256
+IN_FLIGHT_BYTES_MAX = 32 * MiB
+QUEUED_BYTES_MAX = 8 * MiB
+_SEND_AT_BYTES = 1 * MiB  # replies gathered before they are sent although more requests are at hand
+
+_log = logging.getLogger(__name__)
+
+
+class Connection:
+    """A client, from greeting to end. Made by `Server`, which provides the exports."""
+
+    def __init__(self, server: Server, stream: Stream) -> None:
+        self.stream = stream
+        self.export: Export | None = None
+        self.ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._server = server
+        self._codec = ServerCodec(server.catalogue(self))
+        self._waiting: collections.deque[Request] = collections.deque()  # parsed, not started
+        self._in_flight = 0  # started, and not ended at once
+        self._in_flight_bytes = 0
+        self._ready_bytes = 0  # replies in the codec's `outgoing`
+        self._running = False
+        self._refusing = False  # we are going: new requests get ESHUTDOWN
+        self._finishing = False  # nothing more is read; the stream is closed once all that was asked is answered
+        self._gone = False  # the stream has ended
+        self._send_due = False
+        self._idle: asyncio.Future[None] | None = None
+
+    def begin(self) -> None:
+        """Greets the client and starts to listen to it."""
+        self.stream.begin(self)
+        self._send()
+
+    # What the stream calls.
+
+    def receive_buffer(self) -> memoryview:
+        """See `Receiver`."""
+        return self._codec.receive_buffer()
+
+    def received(self, count: int) -> None:
+        """Parses what came and runs it, as far as the limits allow."""
+        requests = self._codec.received(count)
+        if self._waiting:
+            self._waiting.extend(requests)
+        elif requests:
+            self._run(requests)
+        self._send()
+        if self._codec.finished:
+            self._finish()
+
+    def sent(self) -> None:
+        """The client has read its replies: go on where the queue held us up."""
+        self._go_on()
+
+    def closed(self, error: IoError | None) -> None:
+        """The stream is gone. What is in flight ends by itself."""
+        if error is not None:
+            self._server.note_drop(self.stream.peer, told(error))
+        self._gone = self._finishing = True
+        self._waiting.clear()
+        self._settle()
+
+    # Requests.
+
+    def _run(self, requests: list[Request]) -> None:
+        """Starts each request; one that need not wait has been answered when its turn ends."""
+        self._running = True
+        for index, request in enumerate(requests):
+            if self._in_flight_bytes > IN_FLIGHT_BYTES_MAX or self._in_flight >= IN_FLIGHT_MAX or self._held_up():
+                self._waiting.extend(requests[index:])
+                self.stream.pause()
+                break
+            self._start(request)
+        self._running = False
+
+    def _held_up(self) -> bool:
+        """Whether the client has too many replies to read before it gets more; sends those that are ready."""
+        if self._ready_bytes > _SEND_AT_BYTES:
+            self._send()
+        return self.stream.queued_bytes > QUEUED_BYTES_MAX
+
+    def _start(self, request: Request) -> None:
+        task = eager.start(self._answer(request))
+        if task is not None:
+            self._in_flight += 1
+            self._in_flight_bytes += request.length if request.command == CMD_READ else len(request.data)
+            task.add_done_callback(lambda _: self._ended_late(request))
+
+    def _ended_late(self, request: Request) -> None:
+        self._in_flight -= 1
+        self._in_flight_bytes -= request.length if request.command == CMD_READ else len(request.data)
+        if not self._send_due:  # all that end in this turn of the loop leave in one send
+            self._send_due = True
+            asyncio.get_running_loop().call_soon(self._send_and_go_on)
+
+    def _send_and_go_on(self) -> None:
+        self._send_due = False
+        self._send()
+        self._go_on()
+
+    def _go_on(self) -> None:
+        if self._waiting and not self._running:
+            requests = list(self._waiting)
+            self._waiting.clear()
+            self._run(requests)
+            self._send()
+        if not self._waiting and not self._finishing:
+            self.stream.resume()
+        self._settle()
+
+    def _settle(self) -> None:
+        """Once nothing is left to do: tells who waits for it, and closes if it is time."""
+        if self._in_flight or self._waiting:
+            return
+        if self._idle is not None and not self._idle.done():
+            self._idle.set_result(None)
+        if self._gone:
+            self._end()
+        elif self._finishing:
+            self._send()
+            self.stream.close()
+
+    async def _answer(self, request: Request) -> None:
+        codec = self._codec
+        try:
+            if request.error or self._refusing:
+                code, text = (request.error, request.message) if request.error else (errno.ESHUTDOWN, "shutting down")
+                codec.reply_error(request, code, text)
+                return
+            export = self.export
+            assert export is not None, "requests come only after an export was entered"
+            if request.command == CMD_READ:
+                data = await export.execute(request) if request.length else b""
+                assert data is not None
+                codec.reply_read(request, data)
+                self._ready_bytes += request.length
+            elif request.command == CMD_BLOCK_STATUS:
+                answers = [(context, await export.status(request, context)) for context in codec.contexts]
+                codec.reply_status(request, answers)
+            else:
+                await export.execute(request)
+                codec.reply_done(request)
+        except FleecerError as error:
+            self._refuse(request, error.errno, told(error))
+        except Exception:
+            _log.exception("a request failed in a way it must not")
+            self._refuse(request, errno.EIO, "internal error")
+            if self._server.raise_internal_errors:
+                raise
+
+    def _refuse(self, request: Request, code: int, text: str) -> None:
+        if not request.answered:
+            self._codec.reply_error(request, code, text)
+
+    def _send(self) -> None:
+        outgoing = self._codec.outgoing
+        if outgoing:
+            self._ready_bytes = 0
+            self.stream.send(outgoing)
+            outgoing.clear()
+
+    # The end.
+
+    def _finish(self) -> None:
+        """The client said goodbye or broke a rule: answer all that it asked before, then close."""
+        if self._codec.failure is not None and not self._finishing:
+            self._server.note_drop(self.stream.peer, told(self._codec.failure))
+        self._finishing = True
+        self.stream.pause()
+        self._settle()
+
+    async def stop(self) -> None:
+        """Refuses new requests, ends those in flight, answers them, and closes. Returns when that is done."""
+        self._refusing = self._finishing = True
+        self._codec.refuse_options = True
+        self.stream.pause()
+        self._go_on()
+        if self._in_flight or self._waiting:
+            self._idle = self._idle or asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._idle)
+        if self.stream.queued_bytes:
+            self.stream.abort()  # the client does not read; nobody waits for it
+        await asyncio.shield(self.ended)
+
+    def drop(self) -> None:
+        """Closes at once; requests in flight end unheard."""
+        self._finishing = True
+        self.stream.abort()
+
+    def _end(self) -> None:
+        if not self.ended.done():
+            self.ended.set_result(None)
+            self._server.forget(self)

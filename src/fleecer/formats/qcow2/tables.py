@@ -1,0 +1,218 @@
+"""L1 and L2 entries, and what they mean: look-ups that return plans (qcow2.rst, "Cluster mapping").
+
+A plan tells where a run of guest bytes lives; executing it is the node's work. Invariants: a plan's host bytes start
+inside the file and are aligned as the format wants, reserved bits were clear; whatever is not so raises CorruptImage
+and yields no plan. Neighbours that can be read in one go come as one plan.
+"""
+
+from __future__ import annotations
+
+import sys
+from array import array
+from typing import Final, NamedTuple
+
+from fleecer.errors import CorruptImage
+from fleecer.formats.qcow2.header import Header
+from fleecer.ranges import Buffer
+
+COPIED: Final = 1 << 63
+"""The cluster's refcount is exactly one: it may be written in place."""
+COMPRESSED: Final = 1 << 62
+ZERO_FLAG: Final = 1
+OFFSET_MASK: Final = 0x00FF_FFFF_FFFF_FE00
+SECTOR: Final = 512
+
+
+class Data(NamedTuple):
+    """Stored as they are, at `host_offset`. The file may end inside the run; what is missing reads as zeroes."""
+
+    host_offset: int
+    length: int
+
+
+class Zero(NamedTuple):
+    """Zeroes by the entry's flag; `allocated` where host clusters are set aside for them."""
+
+    length: int
+    allocated: bool
+
+
+class Compressed(NamedTuple):
+    """`length` bytes from `offset_in_cluster` of a cluster that is packed in at most `host_length` bytes."""
+
+    host_offset: int
+    host_length: int
+    offset_in_cluster: int
+    length: int
+
+
+class Backing(NamedTuple):
+    """Not allocated here: the backing file's bytes, zeroes past its end or where there is none."""
+
+    length: int
+
+
+Plan = Data | Zero | Compressed | Backing
+
+
+class HostClusters(NamedTuple):
+    """Host clusters that one entry refers to: the first one's number, and how many."""
+
+    first: int
+    clusters: int
+
+
+def decode_table(data: Buffer) -> array[int]:
+    """Big-endian 64-bit entries as an array in this machine's order. `data` is a multiple of 8 bytes."""
+    entries = array("Q")
+    entries.frombytes(data)
+    if sys.byteorder == "little":
+        entries.byteswap()
+    return entries
+
+
+def encode_table(entries: array[int]) -> bytes:
+    """The entries as they stand in the file."""
+    copy = entries[:]
+    if sys.byteorder == "little":
+        copy.byteswap()
+    return copy.tobytes()
+
+
+class Mapping:
+    """One image's rules for L1 and L2 entries. It holds no entries, only what the header says about them."""
+
+    def __init__(self, header: Header, path: str) -> None:
+        self.path = path
+        self.cluster_bits = header.cluster_bits
+        self.cluster_size = header.cluster_size
+        self.has_zero_flag = header.version >= 3
+        self.odd_bits = ~(OFFSET_MASK & -header.cluster_size) & (COPIED - 1)
+        """Bits below COPIED that are clear in the entry of an ordinary data cluster, and in any good L1 entry."""
+        self._standard_odd_bits = self.odd_bits & ~(ZERO_FLAG if self.has_zero_flag else 0)
+        self._size_shift = 62 - (header.cluster_bits - 8)
+        self._sectors_mask = (1 << (header.cluster_bits - 8)) - 1
+
+    def table_offset(self, entry: int, l1_index: int, file_end: int) -> int:
+        """Host offset of the L2 table that an L1 entry names, 0 where there is none."""
+        offset = entry & ~COPIED
+        if offset & self.odd_bits or (not offset and entry):
+            raise CorruptImage(self.path, f"L1 entry {l1_index} is {entry:#018x}: misaligned or reserved bits set")
+        if offset >= file_end and offset:
+            raise CorruptImage(self.path, f"L1 entry {l1_index} names {offset}, past the file's end at {file_end}")
+        return offset
+
+    def compressed(self, entry: int, cluster: int, file_end: int) -> tuple[int, int]:
+        """Host offset and length of a compressed cluster's bytes. `cluster` is the guest cluster, for messages."""
+        host = entry & ((1 << self._size_shift) - 1)
+        length = ((entry >> self._size_shift & self._sectors_mask) + 1) * SECTOR - host % SECTOR
+        if host >> 56 or not host:
+            raise CorruptImage(self.path, f"compressed cluster {cluster} has L2 entry {entry:#018x}: bad offset")
+        if host >= file_end:
+            raise CorruptImage(
+                self.path, f"compressed cluster {cluster} at {host} is past the file's end at {file_end}"
+            )
+        return host, length
+
+    def standard(self, entry: int, cluster: int) -> int:
+        """Host offset in the entry of a cluster that is not compressed, 0 where it has none."""
+        host = entry & OFFSET_MASK
+        if entry & self._standard_odd_bits or (entry & COPIED and not host):
+            raise CorruptImage(
+                self.path, f"cluster {cluster} has L2 entry {entry:#018x}: misaligned or reserved bits set"
+            )
+        return host
+
+    def plan(
+        self, plans: list[Plan], entries: array[int], first: int, cluster: int, skip: int, length: int, file_end: int
+    ) -> None:
+        """Appends to `plans` what `length` bytes are, from `skip` bytes into the cluster of `entries[first]` on.
+
+        `cluster` is that cluster's guest number; the range ends inside `entries`; `file_end` is the file's size.
+        A run that goes on where the last of `plans` ends is joined to it.
+        """
+        size = self.cluster_size
+        shift = cluster - first
+        index = first
+        last = first + ((skip + length - 1) >> self.cluster_bits)
+        while index <= last:
+            entry = entries[index]
+            start = index
+            index += 1
+            if entry & COMPRESSED:
+                take = min(size - skip, length)
+                plans.append(Compressed(*self.compressed(entry, start + shift, file_end), skip, take))
+            else:
+                host = self.standard(entry, start + shift)
+                # Entries of one run differ by a cluster each, and in COPIED, which does not matter to a reader.
+                step, kept = (size, ~COPIED) if host else (0, -1)
+                wanted = entry & kept
+                while index <= last and entries[index] & kept == wanted + step:
+                    wanted += step
+                    index += 1
+                take = min((index - start) * size - skip, length)
+                if entry & ZERO_FLAG:
+                    _join_zero(plans, take, bool(host))
+                elif not host:
+                    join_backing(plans, take)
+                elif wanted < file_end:
+                    _join_data(plans, host + skip, take)
+                else:
+                    raise CorruptImage(
+                        self.path, f"cluster {index - 1 + shift} at {wanted} is past the file's end at {file_end}"
+                    )
+            length -= take
+            skip = 0
+
+    def in_place(self, entries: array[int], first: int, count: int, file_end: int) -> tuple[int, int]:
+        """How many of `count` clusters, from `entries[first]` on, can be overwritten where they are, in one write.
+
+        Returns the first one's host offset and the number, (0, 0) if the first cluster cannot.
+        """
+        odd = self.odd_bits
+        entry = entries[first]
+        host = entry & ~COPIED
+        if not entry & COPIED or host & odd or not host or host >= file_end:
+            return 0, 0
+        size = self.cluster_size
+        run = 1
+        entry += size
+        while run < count and entries[first + run] == entry and host + run * size < file_end:
+            run += 1
+            entry += size
+        return host, run
+
+    def host_clusters(self, entry: int, cluster: int, file_end: int) -> HostClusters | None:
+        """The host clusters that an L2 entry refers to, None if it has none."""
+        bits = self.cluster_bits
+        if entry & COMPRESSED:
+            host, length = self.compressed(entry, cluster, file_end)
+            first = host >> bits
+            return HostClusters(first, ((host + length - 1) >> bits) - first + 1)
+        host = self.standard(entry, cluster)
+        return HostClusters(host >> bits, 1) if host else None
+
+
+def _join_data(plans: list[Plan], host: int, length: int) -> None:
+    last = plans[-1] if plans else None
+    if isinstance(last, Data) and last.host_offset + last.length == host:
+        plans[-1] = Data(last.host_offset, last.length + length)
+    else:
+        plans.append(Data(host, length))
+
+
+def _join_zero(plans: list[Plan], length: int, allocated: bool) -> None:
+    last = plans[-1] if plans else None
+    if isinstance(last, Zero) and last.allocated == allocated:
+        plans[-1] = Zero(last.length + length, allocated)
+    else:
+        plans.append(Zero(length, allocated))
+
+
+def join_backing(plans: list[Plan], length: int) -> None:
+    """Appends `length` bytes that are not allocated, joined to the last plan if that is of the same kind."""
+    last = plans[-1] if plans else None
+    if isinstance(last, Backing):
+        plans[-1] = Backing(last.length + length)
+    else:
+        plans.append(Backing(length))

@@ -1,0 +1,140 @@
+"""The backup job: keeps or copies the past of a disk in a target node (QEMU's blockdev-backup).
+
+    sync=none   copies only what is about to be overwritten, until cancelled: the target, whose backing is the disk,
+                reads as the disk was when the job started (the first fleecing scheme)
+    sync=full   the same, and copies all the rest besides; done when the target holds the whole disk of that instant
+
+Jobs started together share one instant. Where the disk is in the target's backing chain, the target answers reads only
+while the job is whole: afterwards it would show the disk's present, so it gives errors instead.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from fleecer.block.copier import CLUSTER_SIZE_BYTES, TIMEOUT_S, OnError, Snapshot
+from fleecer.block.fleecing import Fleece, Plan, cut, uncut
+from fleecer.block.graph import Graph
+from fleecer.block.node import ZERO, Node
+from fleecer.errors import UsageError, quoted
+from fleecer.jobs.job import Announce, Job, JobTable
+from fleecer.units import MiB
+
+_STEP_BYTES = 1 * MiB
+_STEPS_AT_ONCE = 4
+
+
+@dataclasses.dataclass(slots=True)
+class BackupRequest:
+    """What one backup is asked for. `fresh` says that the target was never written and reads as zeroes."""
+
+    job_id: str
+    device: Node
+    target: Node
+    sync: Literal["none", "full"]
+    filter_name: str | None = None
+    on_error: OnError = "break-snapshot"
+    timeout_s: float = TIMEOUT_S
+    auto_dismiss: bool = True
+    fresh: bool = False
+
+
+class BackupJob(Job):
+    """One running backup. Made by `start_backups`."""
+
+    kind = "backup"
+
+    def __init__(self, request: BackupRequest, graph: Graph, fleece: Fleece, announce: Announce) -> None:
+        super().__init__(request.job_id, announce, auto_dismiss=request.auto_dismiss)
+        self.fleece = fleece
+        self.sync = request.sync
+        self._graph = graph
+        self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.progress_total = request.device.size
+        fleece.snapshot.on_broken = self._broken
+
+    def _broken(self, _snapshot: Snapshot) -> None:
+        self._wake()
+
+    def _wake(self) -> None:
+        if not self._over.done():
+            self._over.set_result(None)
+
+    async def _work(self) -> None:
+        if self.sync == "none":
+            await self._over
+        else:
+            await self._copy_all()
+        self.fleece.snapshot.check()
+
+    async def _copy_all(self) -> None:
+        """Copies whatever no write has caused to be copied yet, a few steps at a time."""
+        starts = iter(range(0, self.progress_total, _STEP_BYTES))
+        workers = [asyncio.ensure_future(self._copy_steps(starts)) for _ in range(_STEPS_AT_ONCE)]
+        try:
+            await asyncio.gather(*workers)
+        finally:
+            # The first failure ends the work: the others finish the step they are in.
+            self._wake()
+            await asyncio.gather(*workers, return_exceptions=True)
+
+    async def _copy_steps(self, starts: Iterator[int]) -> None:
+        copier = self.fleece.copier
+        for start in starts:
+            if self._over.done():
+                return
+            length = min(_STEP_BYTES, self.progress_total - start)
+            position = start
+            for extent in await copier.source.block_status(start, length):
+                if extent.flags & ZERO:
+                    copier.settle_zeroes(position, extent.length)
+                position += extent.length
+            await copier.copy(start, length)
+            self.progress_current += length
+
+    async def _clean_up(self) -> None:
+        snapshot = self.fleece.snapshot
+        snapshot.on_broken = None
+        if snapshot.serialising:
+            self.fleece.copier.break_snapshot(snapshot, f"fleecing job {quoted(self.job_id)} has ended")
+        await uncut(self._graph, self.fleece)
+
+
+async def start_backups(
+    graph: Graph, table: JobTable, requests: Sequence[BackupRequest], announce: Announce
+) -> list[BackupJob]:
+    """Starts every backup asked for, all of the same instant. Raises before any is started if one cannot be."""
+    ids = [request.job_id for request in requests]
+    for job_id in ids:
+        table.check_free(job_id)
+        if ids.count(job_id) > 1:
+            raise UsageError(f"job id {quoted(job_id)} is used twice; choose another")
+    plans: list[Plan] = []
+    try:
+        for request in requests:
+            label = f"job {quoted(request.job_id)}"
+            scratch = graph.attach(request.target, label, "target", writable=True, shares_write=False)
+            plans.append(
+                Plan(
+                    request.device,
+                    scratch,
+                    request.job_id,
+                    fresh=request.fresh,
+                    filter_name=request.filter_name,
+                    on_error=request.on_error,
+                    timeout_s=request.timeout_s,
+                    cluster_size_bytes=max(CLUSTER_SIZE_BYTES, request.target.limits.cluster_size_bytes),
+                )
+            )
+        fleeces = await cut(graph, plans)
+    except BaseException:
+        for plan in plans:
+            await graph.detach(plan.scratch)
+        raise
+    jobs = [BackupJob(request, graph, fleece, announce) for request, fleece in zip(requests, fleeces, strict=True)]
+    for job in jobs:
+        job.start(table)
+    return jobs

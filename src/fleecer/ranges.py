@@ -1,0 +1,39 @@
+"""Byte ranges and buffers: alignment, and the test for zeroes. Offsets and lengths are bytes."""
+
+from __future__ import annotations
+
+from fleecer.units import MiB
+
+Buffer = bytes | bytearray | memoryview
+"""Bytes in memory. Who returns or passes one gives it away: neither side changes it afterwards."""
+
+ZEROES = bytes(1 * MiB)
+
+
+def align_down(offset: int, alignment: int) -> int:
+    """The largest multiple of `alignment` that is not above `offset`."""
+    return offset - offset % alignment
+
+
+def align_up(offset: int, alignment: int) -> int:
+    """The smallest multiple of `alignment` that is not below `offset`."""
+    return -(-offset // alignment) * alignment
+
+
+def is_power_of_two(number: int) -> bool:
+    """Whether `number` is 1, 2, 4, 8 ..."""
+    return number > 0 and number & (number - 1) == 0
+
+
+def is_zero(data: Buffer) -> bool:
+    """Whether every byte of `data` is zero. Data that is not is found out at its first non-zero bytes."""
+    length = len(data)
+    if length <= len(ZEROES):
+        return ZEROES.startswith(data)
+    view = memoryview(data)
+    return all(ZEROES.startswith(view[start : start + len(ZEROES)]) for start in range(0, length, len(ZEROES)))
+
+
+def zeroes(length: int) -> Buffer:
+    """`length` zero bytes, without making them anew where that can be helped."""
+    return memoryview(ZEROES)[:length] if length <= len(ZEROES) else bytes(length)

@@ -1,0 +1,1 @@
+"""Bytes on files and block devices: the only place that reads, writes, locks and syncs images."""

@@ -1,0 +1,97 @@
+"""What a file node needs from the machine: the seam at which a simulator takes the place of a real file.
+
+Invariants that every storage keeps:
+- Offsets and lengths are bytes. Reading past the end gives zeroes; writing past it extends a growable storage.
+- What a read returns is private; what a write is given is not kept after the call.
+- Every failure is an `IoError` that names the storage, with the `OSError` as its cause where there was one.
+- `try_pread` and `try_pwrite` never wait for long. They promise nothing about requests of the same storage that are in
+  flight elsewhere: the caller uses them only where no asynchronous request overlaps the range.
+- An asynchronous operation ends before its caller hears of a cancel: afterwards nothing of it is still under way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+from fleecer.ranges import Buffer
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StorageLimits:
+    """What a storage can do, as data.
+
+    alignment_bytes      offsets and lengths of reads, writes, zeroes and discards are multiples (a power of two)
+    preferred_bytes      requests aligned to this are served best
+    zero_is_fast         `zero` never writes the zeroes out one by one
+    can_discard          `discard` may free space
+    growable             a write past the end extends the storage
+    reads_zero_when_new  bytes never written read as zero, and cost no space
+    """
+
+    alignment_bytes: int = 1
+    preferred_bytes: int = 4096
+    zero_is_fast: bool = True
+    can_discard: bool = True
+    growable: bool = True
+    reads_zero_when_new: bool = True
+
+
+class Storage(Protocol):
+    """An open file or block device, or what stands for one.
+
+    `name` is what the user calls it. `size` is where it ends now, in bytes. `identity` is equal for two storages on the
+    same bytes, and for no others.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def size(self) -> int: ...
+
+    @property
+    def read_only(self) -> bool: ...
+
+    @property
+    def identity(self) -> tuple[int, int]: ...
+
+    @property
+    def is_block_device(self) -> bool: ...
+
+    @property
+    def limits(self) -> StorageLimits: ...
+
+    def try_pread(self, offset: int, length: int) -> Buffer | None:
+        """`length` bytes at `offset` if they can be had at once, else None: use `pread`."""
+
+    def try_pwrite(self, offset: int, data: Buffer) -> bool:
+        """Writes `data` and returns True, or returns False: use `pwrite`, which writes all of it (again)."""
+
+    async def pread(self, offset: int, length: int) -> Buffer:
+        """Exactly `length` bytes at `offset`."""
+
+    async def pwrite(self, offset: int, data: Buffer) -> None:
+        """Writes all of `data` at `offset`."""
+
+    async def zero(self, offset: int, length: int, unmap: bool) -> None:
+        """Makes the range read as zeroes. With `unmap` its space may be freed; without, it stays or is allocated."""
+
+    async def discard(self, offset: int, length: int) -> None:
+        """Frees space where that can be done; afterwards each byte reads as zero or as it was."""
+
+    async def sync(self) -> None:
+        """Returns when every operation that returned before this call is on stable storage.
+
+        After a failure the state of all unsynced data is unknown, and a later success does not change that: the kernel
+        marks pages clean whose writing failed. The caller must not trust this storage again.
+        """
+
+    async def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        """Runs of (length, holds data) from `offset` on, one or more; may stop early. Without data it is zero."""
+
+    async def truncate(self, size: int) -> None:
+        """Makes the storage end at `size`; what is new reads as zero. Nothing else may be in flight."""
+
+    async def close(self) -> None:
+        """Gives the descriptor and the locks back. Nothing may be in flight. A second call does nothing."""

@@ -1,0 +1,452 @@
+"""Regular files and block devices, through the page cache.
+
+Reads of cached pages and quick writes happen on the event loop; whatever would block goes to the pool (pool.py).
+
+Invariants:
+- Only regular files and block devices are opened; anything else is refused before it is touched.
+- An inline read uses RWF_NOWAIT, or is on a file system in memory. A short inline read is not the end of the file: the
+  pool reads again.
+- Buffers are made for each read and belong to the caller.
+- `size` never exceeds what was written or found; the file may be longer only while a write past the end is in flight.
+- The descriptor is closed once, by `close`, or by the garbage collector with a ResourceWarning.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import io
+import os
+import stat
+import struct
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+
+from fleecer.errors import IoError, UsageError, quoted
+from fleecer.ranges import Buffer, align_down, align_up
+from fleecer.storage import fallocate
+from fleecer.storage.api import StorageLimits
+from fleecer.storage.locks import lock_image
+from fleecer.storage.pool import Lane, running_pool
+from fleecer.units import MiB
+
+INLINE_MAX_BYTES = 1 * MiB
+"""Longer reads and writes go to the pool: copying them would hold up the event loop."""
+
+EXTENTS_MAX = 256
+"""Runs told in one answer of `extents`."""
+
+_BLKSSZGET = 0x1268  # linux/fs.h
+_CLOSED = 0x7FFFFFFF  # a descriptor that nobody has: the kernel answers EBADF
+_FILE_TYPES = {
+    stat.S_IFBLK: "a block device",
+    stat.S_IFDIR: "a directory",
+    stat.S_IFCHR: "a character device",
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+class InlineWrites:
+    """Whether the next write may run on the event loop.
+
+    A buffered write is a copy into the page cache, some microseconds, unless the kernel holds the writer back: too many
+    dirty pages, a page that must be read first, a journal that commits. There is no way to ask beforehand. So a write
+    that took longer than SLOW_S sends those of the next second to the pool; while trials go on to be slow, that pause
+    doubles up to PAUSE_MAX_S. One slow write in sixteen seconds is the worst that a slow disk does to the loop.
+    """
+
+    SLOW_S = 0.002
+    PAUSE_MIN_S = 1.0
+    PAUSE_MAX_S = 16.0
+
+    __slots__ = ("clock", "pause_s", "resume_at_s")
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
+        self.resume_at_s = clock()
+        self.pause_s = self.PAUSE_MIN_S
+
+    def ended(self, begun_s: float) -> None:
+        """Learns from an inline write that began at `begun_s` and has just ended."""
+        now = self.clock()
+        if now - begun_s > self.SLOW_S:
+            self.resume_at_s = now + self.pause_s
+            self.pause_s = min(2 * self.pause_s, self.PAUSE_MAX_S)
+        else:
+            self.pause_s = self.PAUSE_MIN_S
+
+
+class FileStorage:
+    """An open regular file or block device; implements `Storage`. Made by the functions at the end of this module."""
+
+    __slots__ = (
+        "_fd",
+        "_file",
+        "_inline_read_flags",
+        "_inline_writes",
+        "_lane",
+        "_modes",
+        "_sector_bytes",
+        "_sync_lane",
+        "_unsynced_directory",
+        "identity",
+        "is_block_device",
+        "limits",
+        "name",
+        "read_only",
+        "size",
+    )
+
+    def __init__(self, file: io.FileIO, name: str, *, read_only: bool, created_in: str | None = None) -> None:
+        """Takes over `file`. `created_in` is the directory that must be synced for the file to survive a power cut."""
+        self._file = file
+        self._fd = fd = file.fileno()
+        self.name = name
+        self.read_only = read_only
+        status = os.fstat(fd)
+        self.is_block_device = stat.S_ISBLK(status.st_mode)
+        self.identity = (status.st_rdev, 0) if self.is_block_device else (status.st_dev, status.st_ino)
+        self.size = os.lseek(fd, 0, os.SEEK_END)
+        self._sector_bytes = 1
+        if self.is_block_device:
+            self._sector_bytes = struct.unpack("i", fcntl.ioctl(fd, _BLKSSZGET, bytes(4)))[0]
+        punches = not read_only and (self.is_block_device or fallocate.can_punch(fd, self.size))
+        self.limits = StorageLimits(
+            zero_is_fast=punches and not self.is_block_device,
+            can_discard=punches,
+            growable=not read_only and not self.is_block_device,
+            reads_zero_when_new=not self.is_block_device,
+        )
+        self._modes = fallocate.Modes()
+        self._unsynced_directory = created_in
+        # preadv's flags for reads on the event loop; None where those could block.
+        self._inline_read_flags: int | None = os.RWF_NOWAIT
+        self._inline_writes = InlineWrites()
+        # Syncs are counted apart, so that reads need not queue behind them.
+        self._lane = Lane()
+        self._sync_lane = Lane(1)
+
+    def __repr__(self) -> str:
+        return f"FileStorage({quoted(self.name)})"
+
+    # On the event loop.
+
+    def try_pread(self, offset: int, length: int) -> Buffer | None:
+        """See `Storage.try_pread`."""
+        flags = self._inline_read_flags
+        if flags is None or length > INLINE_MAX_BYTES:
+            return None
+        data = bytearray(length)
+        try:
+            if os.preadv(self._fd, (data,), offset, flags) == length:
+                return data
+        except OSError as error:
+            if error.errno == errno.EOPNOTSUPP and flags:
+                self._inline_read_flags = 0 if fallocate.is_in_memory(self._fd) else None
+                return self.try_pread(offset, length)
+        # Not cached, only partly cached, past the end, or failing: the pool finds out which.
+        return None
+
+    def try_pwrite(self, offset: int, data: Buffer) -> bool:
+        """See `Storage.try_pwrite`."""
+        policy = self._inline_writes
+        begun_s = policy.clock()
+        length = len(data)
+        if begun_s < policy.resume_at_s or length > INLINE_MAX_BYTES:
+            return False
+        try:
+            count = os.pwrite(self._fd, data, offset)
+        except OSError as error:
+            raise self._failed(error, "write", offset, length) from error
+        policy.ended(begun_s)
+        if count != length:
+            return False
+        if offset + length > self.size:
+            self.size = offset + length
+        return True
+
+    # Through the pool.
+
+    async def pread(self, offset: int, length: int) -> Buffer:
+        """See `Storage.pread`."""
+        return await running_pool().submit(self._lane, self._pread, offset, length)
+
+    async def pwrite(self, offset: int, data: Buffer) -> None:
+        """See `Storage.pwrite`."""
+        await running_pool().submit(self._lane, self._pwrite, offset, data)
+        self.size = max(self.size, offset + len(data))
+
+    async def zero(self, offset: int, length: int, unmap: bool) -> None:
+        """See `Storage.zero`."""
+        await running_pool().submit(self._lane, self._zero, offset, length, unmap, self.size)
+        self.size = max(self.size, offset + length)
+
+    async def discard(self, offset: int, length: int) -> None:
+        """See `Storage.discard`."""
+        if self.limits.can_discard:
+            await running_pool().submit(self._lane, self._discard, offset, length)
+
+    async def sync(self) -> None:
+        """See `Storage.sync`."""
+        await running_pool().submit(self._sync_lane, self._sync)
+
+    async def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        """See `Storage.extents`."""
+        if self.is_block_device:
+            return [(length, True)]
+        return await running_pool().submit(self._lane, self._extents, offset, length)
+
+    async def truncate(self, size: int) -> None:
+        """See `Storage.truncate`. Raises IoError (ENOTSUP) for a block device."""
+        if self.is_block_device:
+            raise IoError(errno.ENOTSUP, self.name, "resize", detail="a block device cannot be resized from here")
+        await running_pool().submit(self._lane, self._truncate, size)
+        self.size = size
+
+    async def close(self) -> None:
+        """See `Storage.close`."""
+        if self._fd == _CLOSED:
+            return
+        assert not self._lane.running + self._sync_lane.running, f"{self!r} was closed with work in flight"
+        self._fd = _CLOSED
+        try:
+            await running_pool().submit(self._lane, self._file.close)
+        except OSError as error:
+            raise self._failed(error, "close", 0, 0) from error
+
+    # In a thread.
+
+    def _failed(self, error: OSError, operation: str, offset: int, length: int) -> IoError:
+        return IoError(error.errno or errno.EIO, self.name, operation, offset, length)
+
+    def _pread(self, offset: int, length: int) -> Buffer:
+        data = bytearray(length)
+        view = memoryview(data)
+        done = 0
+        try:
+            while done < length:
+                count = os.preadv(self._fd, (view[done:],), offset + done)
+                if not count:
+                    break  # past the end, where all is zero
+                done += count
+        except OSError as error:
+            raise self._failed(error, "read", offset, length) from error
+        return data
+
+    def _pwrite(self, offset: int, data: Buffer) -> None:
+        view = memoryview(data)
+        done = 0
+        try:
+            while done < len(view):
+                count = os.pwrite(self._fd, view[done:], offset + done)
+                if not count:
+                    raise OSError(errno.EIO, "the kernel wrote nothing")
+                done += count
+        except OSError as error:
+            raise self._failed(error, "write", offset, len(view)) from error
+
+    def _zero(self, offset: int, length: int, unmap: bool, size: int) -> None:
+        end = offset + length
+        start, stop = align_up(offset, self._sector_bytes), align_down(end, self._sector_bytes)
+        try:
+            if end > size and not self.is_block_device:
+                # One byte inside our own range extends the file; ftruncate could shorten it under another's write.
+                fallocate.write_zeroes(self._fd, end - 1, 1)
+            if start >= stop:
+                fallocate.write_zeroes(self._fd, offset, length)
+                return
+            fallocate.write_zeroes(self._fd, offset, start - offset)
+            fallocate.zero_range(self._fd, self._modes, start, stop - start, unmap=unmap)
+            fallocate.write_zeroes(self._fd, stop, end - stop)
+        except OSError as error:
+            raise self._failed(error, "write zeroes", offset, length) from error
+
+    def _discard(self, offset: int, length: int) -> None:
+        start = align_up(offset, self._sector_bytes)
+        stop = align_down(offset + length, self._sector_bytes)
+        try:
+            if start < stop:
+                self._modes.attempt(self._fd, fallocate.PUNCH_HOLE | fallocate.KEEP_SIZE, start, stop - start)
+        except OSError as error:
+            raise self._failed(error, "discard", offset, length) from error
+
+    def _sync(self) -> None:
+        try:
+            if self._unsynced_directory is not None:
+                # A new file survives a power cut only with its name.
+                os.fsync(self._fd)
+                _sync_directory(self._unsynced_directory)
+                self._unsynced_directory = None
+            else:
+                os.fdatasync(self._fd)
+        except OSError as error:
+            raise self._failed(error, "flush", 0, 0) from error
+
+    def _extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        end = offset + length
+        runs: list[tuple[int, bool]] = []
+        position = offset
+        try:
+            while position < end and len(runs) < EXTENTS_MAX:
+                data = self._seek(position, os.SEEK_DATA, default=end)
+                if data > position:
+                    runs.append((min(data, end) - position, False))
+                    position = data
+                    continue
+                # What was data an instant ago may have been punched since; a run is at least one byte all the same.
+                hole = max(self._seek(position, os.SEEK_HOLE, default=end), position + 1)
+                runs.append((min(hole, end) - position, True))
+                position = hole
+        except OSError as error:
+            raise self._failed(error, "block status", offset, length) from error
+        return runs
+
+    def _seek(self, offset: int, whence: int, default: int) -> int:
+        """lseek(2) to data or a hole; `default` where there is none before the end of the file."""
+        try:
+            return os.lseek(self._fd, offset, whence)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return default
+            raise
+
+    def _truncate(self, size: int) -> None:
+        try:
+            os.ftruncate(self._fd, size)
+        except OSError as error:
+            raise self._failed(error, f"resize to {size} bytes", 0, 0) from error
+
+
+async def open_file(
+    path: str, *, read_only: bool = False, locking: bool = True, force_share: bool = False
+) -> FileStorage:
+    """Opens an existing image. The caller closes it.
+
+    With `locking` it is locked against other processes by QEMU's rules; `force_share` lets a reader put up with
+    writers. Raises UsageError for what is neither a regular file nor a block device, IoError where it cannot be opened,
+    PermissionConflict where the locks forbid it. The open itself runs in the pool: a dead file server stalls nobody.
+    """
+    if force_share and not read_only:
+        raise UsageError(f"image {quoted(path)}: force-share is for reading only; open it read-only")
+    return await running_pool().submit(Lane(), _open, path, read_only, locking, force_share)
+
+
+async def create_file(
+    path: str, *, size: int = 0, exclusive: bool = True, mode: int = 0o600, locking: bool = True
+) -> FileStorage:
+    """Makes a regular file of `size` bytes that read as zero, and opens it for writing; else as `open_file`.
+
+    With `exclusive` an existing file is refused (IoError, EEXIST); without, its content goes, once its locks are ours.
+    The name is durable after the first `sync`. After an error no new file is left behind.
+    """
+    return await running_pool().submit(Lane(), _create, path, size, exclusive, mode, locking)
+
+
+async def open_unlinked(directory: str) -> FileStorage:
+    """A new, empty file without a name in `directory`; its space is free again once it is closed, in whatever way."""
+    return await running_pool().submit(Lane(), _open_unlinked, directory)
+
+
+def _open(path: str, read_only: bool, locking: bool, force_share: bool) -> FileStorage:
+    try:
+        # Some devices act on being opened, so the type is looked at before, and on the descriptor again.
+        _check_type(path, os.stat(path).st_mode)
+        file = _open_raw(path, os.O_RDONLY if read_only else os.O_RDWR)
+    except OSError as error:
+        raise IoError(error.errno or errno.EIO, path, "open") from error
+    with _closing_on_error(file):
+        _check_type(path, os.fstat(file.fileno()).st_mode)
+        os.set_blocking(file.fileno(), True)
+        if locking:
+            lock_image(file.fileno(), path, writable=not read_only, force_share=force_share)
+        return FileStorage(file, path, read_only=read_only)
+
+
+def _create(path: str, size: int, exclusive: bool, mode: int, locking: bool) -> FileStorage:
+    flags = os.O_RDWR | os.O_CREAT
+    is_new = True
+    try:
+        try:
+            file = _open_raw(path, flags | os.O_EXCL, mode)
+        except FileExistsError:
+            if exclusive:
+                raise
+            _check_type(path, os.stat(path).st_mode, _REGULAR_ONLY)
+            file = _open_raw(path, flags, mode)
+            is_new = False
+    except OSError as error:
+        raise IoError(error.errno or errno.EIO, path, "create") from error
+    try:
+        with _closing_on_error(file):
+            _check_type(path, os.fstat(file.fileno()).st_mode, _REGULAR_ONLY)
+            if locking:
+                lock_image(file.fileno(), path, writable=True)
+            _resize_new(file, path, size)
+            return FileStorage(file, path, read_only=False, created_in=os.path.dirname(path) or ".")
+    except BaseException:
+        if is_new:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        raise
+
+
+def _resize_new(file: io.FileIO, path: str, size: int) -> None:
+    try:
+        os.ftruncate(file.fileno(), 0)
+        os.ftruncate(file.fileno(), size)
+    except OSError as error:
+        raise IoError(error.errno or errno.EIO, path, f"resize to {size} bytes") from error
+
+
+def _open_unlinked(directory: str) -> FileStorage:
+    try:
+        try:
+            file = _open_raw(directory, os.O_TMPFILE | os.O_RDWR)
+        except OSError as error:
+            # EISDIR is what kernels and file systems without O_TMPFILE say.
+            if error.errno not in {errno.EOPNOTSUPP, errno.EISDIR}:
+                raise
+            fd, path = tempfile.mkstemp(prefix=".fleecer-", dir=directory)
+            os.unlink(path)
+            file = io.FileIO(fd, "rb+")
+    except OSError as error:
+        raise IoError(error.errno or errno.EIO, directory, "create a scratch file in") from error
+    with _closing_on_error(file):
+        return FileStorage(file, os.path.join(directory, "(scratch)"), read_only=False)
+
+
+def _open_raw(path: str, flags: int, mode: int = 0o600) -> io.FileIO:
+    """open(2) in a way that cannot hang on a FIFO, in an object that cannot leak the descriptor."""
+    flags |= os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
+    return io.FileIO(path, "rb+" if flags & os.O_RDWR else "rb", opener=lambda name, _: os.open(name, flags, mode))
+
+
+@contextlib.contextmanager
+def _closing_on_error(file: io.FileIO) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        file.close()
+        raise
+
+
+_IMAGE_TYPES = {stat.S_IFREG: "regular files", stat.S_IFBLK: "block devices"}
+_REGULAR_ONLY = {stat.S_IFREG: "regular files"}
+
+
+def _check_type(path: str, mode: int, allowed: dict[int, str] = _IMAGE_TYPES) -> None:
+    kind = stat.S_IFMT(mode)
+    if kind not in allowed:
+        is_now = _FILE_TYPES.get(kind, "of an unknown type")
+        raise UsageError(f"image {quoted(path)} is {is_now}; only {' and '.join(allowed.values())} will do")
+
+
+def _sync_directory(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

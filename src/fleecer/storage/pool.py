@@ -1,0 +1,177 @@
+"""Threads for what would block the event loop: bounded, started when needed, answering in batches.
+
+Invariants:
+- A pool belongs to the event loop it was made in; all its methods are called there. Threads only run functions.
+- A lane never has more than its limit of functions in threads; the rest wait their turn, first come, first served.
+- Results are put on a deque, and the loop is woken once for all that gathered meanwhile. A result appended before the
+  bell is seen silent is collected; one appended after it rings again. So no result is left lying.
+- What was submitted runs to its end. Its future cannot be cancelled: a waiter that is cancelled hears of it when the
+  function has ended, so no claim or buffer is given up while a thread still uses it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import os
+import queue
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any, TypeVar, TypeVarTuple
+
+THREADS_MAX = 64
+LANE_LIMIT = 8
+
+T = TypeVar("T")
+Ts = TypeVarTuple("Ts")
+
+
+class _Result(asyncio.Future[T]):
+    """A future that a waiter cannot cancel; its task is told of the cancel once the result is there."""
+
+    def cancel(self, msg: Any = None) -> bool:
+        return False
+
+
+class Lane:
+    """One customer's share of a pool: at most `limit` of its functions run at once."""
+
+    __slots__ = ("limit", "running", "waiting")
+
+    def __init__(self, limit: int = LANE_LIMIT) -> None:
+        self.limit = limit
+        self.running = 0
+        self.waiting: collections.deque[_Job] = collections.deque()
+
+
+_Job = tuple[_Result[Any], Lane, Callable[..., Any], tuple[Any, ...]]
+_Outcome = tuple[_Result[Any], Lane, Any, BaseException | None]
+
+
+class _Bell:
+    """Wakes the loop, once per batch. The descriptor lives as long as any thread may ring it."""
+
+    __slots__ = ("fd", "ringing")
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.ringing = False
+
+    def ring(self) -> None:
+        if not self.ringing:
+            self.ringing = True
+            os.eventfd_write(self.fd, 1)
+
+    def silence(self) -> None:
+        os.eventfd_read(self.fd)
+        self.ringing = False
+
+    def __del__(self) -> None:
+        os.close(self.fd)
+
+
+class Pool:
+    """Threads of one event loop; see `running_pool`."""
+
+    def __init__(self, threads_max: int = THREADS_MAX) -> None:
+        self._threads_max = threads_max
+        self._threads: list[threading.Thread] = []
+        self._jobs: queue.SimpleQueue[_Job | None] = queue.SimpleQueue()
+        self._outcomes: collections.deque[_Outcome] = collections.deque()
+        self._bell = _Bell()
+        self._running = 0
+        self._idle: asyncio.Future[None] | None = None
+        self._closed = False
+        asyncio.get_running_loop().add_reader(self._bell.fd, self._collect)
+        # A loop that goes away without closing its pool takes the threads with it.
+        weakref.finalize(self, _dismiss, self._jobs, self._threads)
+
+    def submit(self, lane: Lane, function: Callable[[*Ts], T], *arguments: *Ts) -> asyncio.Future[T]:
+        """Runs `function(*arguments)` in a thread as soon as `lane` allows; the future has its result or exception."""
+        assert not self._closed, "work was submitted to a closed pool"
+        future: _Result[T] = _Result(loop=asyncio.get_running_loop())
+        job: _Job = (future, lane, function, arguments)
+        if lane.running < lane.limit:
+            self._dispatch(job)
+        else:
+            lane.waiting.append(job)
+        return future
+
+    async def close(self) -> None:
+        """Waits for all work submitted, then ends the threads. A second call does nothing."""
+        while self._running:
+            self._idle = self._idle or asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._idle)
+        if self._closed:
+            return
+        self._closed = True
+        asyncio.get_running_loop().remove_reader(self._bell.fd)
+        threads = list(self._threads)
+        _dismiss(self._jobs, self._threads)
+        for thread in threads:
+            thread.join()
+        if _pools.get(asyncio.get_running_loop()) is self:
+            del _pools[asyncio.get_running_loop()]
+
+    def _dispatch(self, job: _Job) -> None:
+        job[1].running += 1
+        self._running += 1
+        self._jobs.put(job)
+        if self._running > len(self._threads) < self._threads_max:
+            name = f"fleecer-io-{len(self._threads)}"
+            thread = threading.Thread(
+                target=_work, args=(self._jobs, self._outcomes, self._bell), name=name, daemon=True
+            )
+            self._threads.append(thread)
+            thread.start()
+
+    def _collect(self) -> None:
+        """Hands out what the threads have finished, and sends what waited for a place."""
+        self._bell.silence()
+        outcomes = self._outcomes
+        while outcomes:
+            future, lane, result, error = outcomes.popleft()
+            lane.running -= 1
+            self._running -= 1
+            if lane.waiting:
+                self._dispatch(lane.waiting.popleft())
+            if error is None:
+                future.set_result(result)
+            else:
+                future.set_exception(error)
+        if self._idle is not None and not self._running:
+            self._idle.set_result(None)
+            self._idle = None
+
+
+def _work(jobs: queue.SimpleQueue[_Job | None], outcomes: collections.deque[_Outcome], bell: _Bell) -> None:
+    """A thread's life. It holds no reference to the pool, so that a forgotten pool can go away."""
+    while (job := jobs.get()) is not None:
+        future, lane, function, arguments = job
+        try:
+            outcome: _Outcome = (future, lane, function(*arguments), None)
+        except BaseException as error:  # noqa: BLE001 - whatever it is, it belongs to the one who waits
+            outcome = (future, lane, None, error)
+        outcomes.append(outcome)
+        bell.ring()
+        # A thread that waits for work must not keep the last one's buffers alive.
+        del job, future, lane, function, arguments, outcome
+
+
+def _dismiss(jobs: queue.SimpleQueue[_Job | None], threads: list[threading.Thread]) -> None:
+    for _ in threads:
+        jobs.put(None)
+    threads.clear()
+
+
+_pools: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Pool] = weakref.WeakKeyDictionary()
+
+
+def running_pool() -> Pool:
+    """The pool of the running event loop, made at first use; who owns the loop closes it."""
+    loop = asyncio.get_running_loop()
+    pool = _pools.get(loop)
+    if pool is None:
+        pool = _pools[loop] = Pool()
+    return pool

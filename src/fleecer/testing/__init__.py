@@ -1,0 +1,4 @@
+"""Fakes and checks for those who test what they build on Fleecer, and for Fleecer's own tests.
+
+memory.py has storages and nodes in memory, one of them faulty; conformance.py runs any node through its contract.
+"""

@@ -1,0 +1,417 @@
+"""Copy-before-write and snapshot reads: the past, or an error, whatever else goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from typing import Literal
+
+import pytest
+from tests.fleecing_world import CLUSTER, SIZE, Taken, World, together
+
+from fleecer.block.copier import Snapshot
+from fleecer.block.edge import Edge
+from fleecer.block.fleecing import Plan, cut
+from fleecer.block.nodes.fault import FaultNode
+from fleecer.block.nodes.file import FileNode
+from fleecer.errors import IoError, PermissionConflict, SnapshotBroken
+from fleecer.testing.memory import MemoryStorage, random_turns
+
+
+async def turns() -> None:
+    """Lets everything that can run do so."""
+    for _ in range(50):
+        await asyncio.sleep(0)
+
+
+def faulty(world: World, name: str, inner: str | Edge) -> tuple[FaultNode, Edge]:
+    """A fault node above a node or a scratch, and an edge to it."""
+    if isinstance(inner, Edge):
+        node = inner.node
+        world.graph.forget(inner)
+    else:
+        node = world.graph.find(inner)
+    fault = FaultNode(name, world.graph.attach(node, name, "file", writable=True))
+    world.graph.add(fault, named=False)
+    return fault, world.graph.attach(fault, f"user of {name}", "file", writable=True)
+
+
+def world_on_faulty_disk() -> tuple[World, FaultNode]:
+    """A world whose guest and snapshots reach the disk through a fault node."""
+    world = World()
+    fault, edge = faulty(world, "slow", "disk")
+    world.graph.forget(world.top)
+    world.top = edge
+    return world, fault
+
+
+@pytest.mark.parametrize("seed", range(60))
+async def test_snapshots_read_as_their_instant_under_random_load(seed: int) -> None:
+    world = World(seed, pause=random_turns(seed) if seed % 4 else None)
+    snapshots: list[Taken] = []
+
+    async def guest() -> None:
+        for _ in range(25):
+            await world.change()
+            await asyncio.sleep(0)
+
+    async def operator() -> None:
+        for _ in range(8):
+            for _ in range(world.random.randrange(6)):
+                await asyncio.sleep(0)
+            if len(snapshots) < 3 or world.random.random() < 0.5:
+                snapshots.append(await world.take())
+            else:
+                await world.drop(snapshots.pop(world.random.randrange(len(snapshots))))
+
+    async def reader() -> None:
+        for _ in range(40):
+            if snapshots:
+                taken = world.random.choice(snapshots)
+                if taken.edge._gate is None:  # not being dropped
+                    await (world.read(taken) if world.random.random() < 0.7 else world.status(taken))
+            await asyncio.sleep(0)
+
+    await together(guest(), guest(), guest(), operator(), reader(), reader())
+    for taken in snapshots:
+        await world.check_whole(taken)
+    for taken in snapshots:
+        await world.drop(taken)
+    assert isinstance(world.top.node, type(world.graph.find("disk")))
+    assert [node.name for node in world.graph.nodes()] == ["disk"]
+
+
+async def test_a_cluster_is_copied_once_for_all_snapshots_that_need_it() -> None:
+    world = World()
+    first, second, third = await world.take(), await world.take(), await world.take()
+    await world.top.pwrite(100, b"x" * 50)
+    copier = first.fleece.copier
+    assert [copier.preserved_bytes(t.fleece.snapshot) for t in (first, second, third)] == [0, 0, CLUSTER]
+    for taken in (first, second, third):
+        await world.check_whole(taken)
+
+
+async def test_a_retired_snapshots_copies_stay_while_an_older_one_reads_them() -> None:
+    world = World()
+    first, second = await world.take(), await world.take()
+    await world.top.pwrite(0, b"x")
+    await world.drop(second)
+    await world.top.pwrite(CLUSTER, b"y")  # now the copy goes to the first one's own scratch
+    await world.check_whole(first)
+    assert first.fleece.copier.preserved_bytes(first.fleece.snapshot) == CLUSTER
+    await world.drop(first)
+    assert [node.name for node in world.graph.nodes()] == ["disk"]
+
+
+async def test_zeroes_are_preserved_without_space() -> None:
+    world = World()
+    await world.top.zero(0, SIZE)
+    taken = await world.take()
+    scratch = taken.fleece.snapshot.scratch.node
+    await world.top.pwrite(0, b"x" * SIZE)
+    await world.check_whole(taken)
+    assert [e.flags for e in await scratch.block_status(0, SIZE)] == [3]
+
+
+async def test_a_change_waits_for_a_read_of_its_range_and_no_other() -> None:
+    world, fault = world_on_faulty_disk()
+    taken = await world.take()
+    held = fault.hold("read", 0, CLUSTER)
+    reading = asyncio.ensure_future(taken.edge.pread(0, 512))
+    await held.reached()
+    writing = asyncio.ensure_future(world.top.pwrite(CLUSTER - 1, b"zz"))
+    await world.top.pwrite(3 * CLUSTER, b"other")
+    await turns()
+    assert not writing.done(), "the change must wait for the frozen read"
+    held.release()
+    assert bytes(await reading) == taken.image[:512]
+    await writing
+    await world.check_whole(taken)
+
+
+async def world_with_faulty_scratch(
+    on_error: str = "break-snapshot", timeout_s: float = 15.0
+) -> tuple[World, Taken, FaultNode]:
+    world = World()
+    fault, scratch = faulty(world, "faulty", world.scratch()[0])
+    return world, await world.take(scratch=scratch, on_error=on_error, timeout_s=timeout_s), fault
+
+
+async def test_a_scratch_that_is_full_breaks_the_snapshot_and_not_the_guest() -> None:
+    world, taken, fault = await world_with_faulty_scratch()
+    fault.fail("write", errno=errno.ENOSPC, times=None)
+    broken: list[Snapshot] = []
+    taken.fleece.snapshot.on_broken = broken.append
+    await world.top.pwrite(0, b"new" * 10)
+    assert bytes(world.disk.data[:30]) == b"new" * 10
+    assert broken == [taken.fleece.snapshot]
+    with pytest.raises(SnapshotBroken, match="No space left on device"):
+        await taken.edge.pread(SIZE - 10, 10)
+    with pytest.raises(SnapshotBroken):
+        await taken.edge.block_status(0, 10)
+
+
+@pytest.mark.parametrize("operation", ["read", "block status"])
+async def test_a_break_is_told_to_a_request_that_was_in_flight(operation: Literal["read", "block status"]) -> None:
+    """QEMU to this day: a read under way when the snapshot broke returns the guest's new data as success."""
+    world, slow = world_on_faulty_disk()
+    fault, scratch = faulty(world, "faulty", world.scratch()[0])
+    taken = await world.take(scratch=scratch)
+    held = slow.hold(operation, 0, 512)
+    ask = taken.edge.pread if operation == "read" else taken.edge.block_status
+    asking = asyncio.ensure_future(ask(0, 512))
+    await held.reached()
+    fault.fail("write", errno=errno.ENOSPC)
+    await world.top.pwrite(CLUSTER, b"breaks it")
+    assert taken.fleece.snapshot.broken is not None
+    held.release()
+    with pytest.raises(SnapshotBroken):
+        await asking
+
+
+async def test_a_break_frees_those_who_wait_for_another_copy() -> None:
+    world, taken, fault = await world_with_faulty_scratch()
+    held = fault.hold("write", 0, CLUSTER)
+    stuck = asyncio.ensure_future(world.top.pwrite(0, b"waits for its copy"))
+    await held.reached()
+    fault.fail("write", errno=errno.ENOSPC)
+    await world.top.pwrite(CLUSTER, b"breaks it")
+    await turns()
+    assert stuck.done(), "nobody needs the copy any more"
+    held.release()
+    await turns()
+    assert taken.fleece.snapshot.broken is not None
+
+
+async def test_break_guest_write_keeps_the_snapshot_whole() -> None:
+    world, taken, fault = await world_with_faulty_scratch("break-guest-write")
+    fault.fail("write", errno=errno.ENOSPC)
+    before = bytes(world.disk.data)
+    with pytest.raises(IoError) as failure:
+        await world.top.pwrite(10, b"new")
+    assert failure.value.errno == errno.ENOSPC
+    assert bytes(world.disk.data) == before
+    await world.top.pwrite(10, b"new")  # the failed copy was unmarked: this one copies again
+    await world.check_whole(taken)
+    assert bytes(world.disk.data[10:13]) == b"new"
+
+
+async def test_a_failed_copy_is_tried_again_by_those_who_waited_for_it() -> None:
+    world, taken, fault = await world_with_faulty_scratch("break-guest-write")
+    held = fault.hold("write")
+    fault.fail("write", errno=errno.EIO)
+    first = asyncio.ensure_future(world.top.pwrite(0, b"one"))
+    await held.reached()
+    second = asyncio.ensure_future(world.top.pwrite(100, b"two"))
+    await turns()
+    assert not second.done()
+    held.release()
+    with pytest.raises(IoError):
+        await first
+    await second
+    await world.check_whole(taken)
+
+
+async def test_a_copy_that_takes_too_long_breaks_the_snapshot_and_lets_the_guest_go_on() -> None:
+    world, taken, fault = await world_with_faulty_scratch(timeout_s=0.05)
+    held = fault.hold("write")
+    await world.top.pwrite(0, b"new")
+    assert bytes(world.disk.data[:3]) == b"new"
+    assert taken.fleece.snapshot.broken is not None
+    assert "took longer than 0.05 s" in taken.fleece.snapshot.broken.cause
+    await world.top.pwrite(CLUSTER, b"next")  # nobody waits for the stuck copy any more
+    held.release()
+    await turns()
+    assert not taken.fleece.snapshot.done[0], "a copy given up must not be marked done"
+    with pytest.raises(SnapshotBroken):
+        await taken.edge.pread(0, 1)
+
+
+async def test_a_copy_that_takes_too_long_fails_the_guest_if_so_chosen() -> None:
+    world, taken, fault = await world_with_faulty_scratch("break-guest-write", timeout_s=0.05)
+    held = fault.hold("write")
+    with pytest.raises(IoError) as failure:
+        await world.top.pwrite(0, b"new")
+    assert failure.value.errno == errno.ETIMEDOUT
+    held.release()
+    await world.top.pwrite(0, b"new")
+    await world.check_whole(taken)
+
+
+async def test_a_copy_under_way_when_a_newer_snapshot_is_taken_serves_only_the_older() -> None:
+    world, taken, fault = await world_with_faulty_scratch("break-guest-write", timeout_s=0.05)
+    held = fault.hold("write")
+    with pytest.raises(IoError):
+        await world.top.pwrite(0, b"new")  # gives up waiting; its copy is still under way
+    newer = await world.take()
+    writing = asyncio.ensure_future(world.top.pwrite(0, b"new"))
+    await asyncio.sleep(0)
+    held.release()
+    await writing
+    await world.check_whole(newer)
+    await world.check_whole(taken)
+
+
+async def test_a_failure_for_a_newer_snapshot_leaves_an_older_one_that_has_its_copy_whole() -> None:
+    world = World()
+    older = await world.take()
+    await world.top.pwrite(0, b"first")
+    fault, scratch = faulty(world, "faulty", world.scratch()[0])
+    newer = await world.take(scratch=scratch)
+    fault.fail("write", times=None)
+    await world.top.pwrite(0, b"second")
+    assert newer.fleece.snapshot.broken is not None
+    assert older.fleece.snapshot.broken is None
+    await world.top.pwrite(CLUSTER, b"third")
+    await world.check_whole(older)
+
+
+async def test_a_discarded_range_is_refused_and_not_copied_any_more() -> None:
+    world = World()
+    taken = await world.take()
+    await world.top.pwrite(0, b"old data is preserved")
+    await taken.edge.discard(10, 3 * CLUSTER)  # inward: clusters 1 and 2
+    await world.top.pwrite(CLUSTER, b"x" * CLUSTER)
+    assert taken.fleece.snapshot.done.count() == 1
+    assert bytes(await taken.edge.pread(0, CLUSTER)) == taken.image[:CLUSTER]
+    with pytest.raises(IoError) as failure:
+        await taken.edge.pread(CLUSTER, 1)
+    assert failure.value.errno == errno.EACCES
+    with pytest.raises(IoError):
+        await taken.edge.block_status(2 * CLUSTER, CLUSTER)
+
+
+async def test_a_discard_frees_the_scratch_unless_another_snapshot_reads_it() -> None:
+    world = World()
+    older = await world.take()
+    scratch, storage = world.scratch()
+    newer = await world.take(scratch=scratch)
+    await world.top.pwrite(0, b"x" * SIZE)
+    await newer.edge.discard(0, CLUSTER)
+    await world.check_whole(older)
+    await older.edge.discard(0, CLUSTER)
+    assert not any(storage.data[:CLUSTER])
+    assert any(storage.data[CLUSTER : 2 * CLUSTER])
+    await newer.edge.discard(8 * CLUSTER, SIZE - 8 * CLUSTER)  # the short last cluster goes too
+    await older.edge.discard(8 * CLUSTER, SIZE - 8 * CLUSTER)
+    with pytest.raises(IoError):
+        await older.edge.pread(SIZE - 1, 1)
+
+
+async def test_a_snapshot_cannot_be_written_to() -> None:
+    world = World()
+    taken = await world.take()
+    for attempt in (taken.edge.pwrite(0, b"x"), taken.edge.zero(0, 1)):
+        with pytest.raises(IoError, match="a snapshot cannot be written to"):
+            await attempt
+    await taken.edge.flush()
+
+
+async def test_preserved_status_tells_what_is_in_the_scratch() -> None:
+    world = World()
+    taken = await world.take()
+    await world.top.pwrite(CLUSTER, b"x")
+    node = taken.edge.node
+    extents = await node.preserved_status(100, SIZE - 100)  # type: ignore[attr-defined]
+    assert [tuple(e) for e in extents] == [(CLUSTER - 100, 0), (CLUSTER, 1), (SIZE - 2 * CLUSTER, 0)]
+
+
+async def test_a_discard_waits_for_reads_of_its_range() -> None:
+    world = World()
+    fault, scratch = faulty(world, "faulty", world.scratch()[0])
+    taken = await world.take(scratch=scratch)
+    await world.top.pwrite(0, b"x")
+    held = fault.hold("read", 0, 512)
+    reading = asyncio.ensure_future(taken.edge.pread(0, 512))
+    await held.reached()
+    discarding = asyncio.ensure_future(taken.edge.discard(0, CLUSTER))
+    await turns()
+    assert not discarding.done()
+    held.release()
+    assert bytes(await reading) == taken.image[:512]
+    await discarding
+
+
+async def test_a_discard_that_races_a_copy_leaves_nothing_in_the_scratch() -> None:
+    world = World()
+    inner, storage = world.scratch()
+    fault, scratch = faulty(world, "faulty", inner)
+    taken = await world.take(scratch=scratch)
+    held = fault.hold("write", 0, CLUSTER)
+    writing = asyncio.ensure_future(world.top.pwrite(0, b"x"))
+    await held.reached()
+    discarding = asyncio.ensure_future(taken.edge.discard(0, CLUSTER))
+    await turns()
+    held.release()
+    await writing
+    await discarding
+    assert not any(storage.data)
+
+
+def three_disks() -> tuple[World, list[Edge]]:
+    world = World()
+    tops = [world.top]
+    for index in (1, 2):
+        node = FileNode(f"disk{index}", MemoryStorage(SIZE))
+        world.graph.add(node, named=True)
+        tops.append(world.graph.attach(node, f"export {index}", "nbd", writable=True))
+    return world, tops
+
+
+def plans(world: World, tops: list[Edge]) -> list[Plan]:
+    return [Plan(top.node, world.scratch()[0], "s", share=True, fresh=True) for top in tops]
+
+
+async def test_many_disks_are_cut_while_all_are_drained() -> None:
+    world, tops = three_disks()
+    fault, edge = faulty(world, "slow", "disk2")
+    world.graph.forget(tops[2])
+    tops[2] = edge
+    held = fault.hold("write")
+    late = asyncio.ensure_future(tops[2].pwrite(0, b"in flight when the cut is asked for"))
+    await held.reached()
+    cutting = asyncio.ensure_future(cut(world.graph, plans(world, tops)))
+    await turns()
+    first = asyncio.ensure_future(tops[0].pwrite(0, b"after the instant"))
+    await turns()
+    assert not cutting.done()
+    assert not first.done(), "no disk may change while another is not at rest"
+    held.release()
+    fleeces = await cutting
+    assert len({id(fleece.filter) for fleece in fleeces}) == 3
+    await late
+    await first
+    assert fleeces[0].snapshot.done[0], "the write that waited at the gate is after the instant"
+    assert not fleeces[2].snapshot.done[0], "the write that was in flight is before it"
+
+
+async def test_all_disks_are_cut_or_none() -> None:
+    world, tops = three_disks()
+    wanted = plans(world, tops)
+    world.graph.attach(world.graph.find("disk2"), "writer with a name", "nbd", writable=True)
+    world.graph.edges_to_cover = lambda node, target=None: [e for e in world.graph.parents(node) if e in tops]  # type: ignore[method-assign]
+    with pytest.raises(PermissionConflict, match="writer with a name"):
+        await cut(world.graph, wanted)
+    assert [top.node.driver for top in tops] == ["file"] * 3
+    await tops[0].pwrite(0, b"nothing is copied")
+    assert not any(plan.scratch.node.storage.data for plan in wanted if any(plan.scratch.node.storage.data))  # type: ignore[attr-defined]
+
+
+async def test_a_disk_that_does_not_come_to_rest_fails_the_cut_and_goes_on() -> None:
+    world, fault = world_on_faulty_disk()
+    held = fault.hold("write")
+    stuck = asyncio.ensure_future(world.top.pwrite(0, b"x"))
+    await held.reached()
+    with pytest.raises(IoError, match=r"1 requests of user of slow \(file\) did not end in 0.05 s"):
+        await cut(world.graph, plans(world, [world.top]), timeout_s=0.05)
+    await world.top.pread(CLUSTER, 1)
+    held.release()
+    await stuck
+
+
+async def test_the_disk_cannot_be_written_past_the_filter() -> None:
+    world = World()
+    await world.take()
+    with pytest.raises(PermissionConflict, match="does not share that"):
+        world.graph.attach(world.graph.find("disk"), "export 'other'", "nbd", writable=True)
+    assert world.graph.top(world.graph.find("disk")) is world.top.node

@@ -1,0 +1,558 @@
+"""Files and block devices: what is opened, short reads and writes, the inline path, holes, and durability."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import os
+import random
+import socket
+import stat
+import subprocess
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fleecer.errors import FleecerError, IoError, UsageError
+from fleecer.ranges import is_zero
+from fleecer.storage import fallocate
+from fleecer.storage.file import (
+    EXTENTS_MAX,
+    INLINE_MAX_BYTES,
+    FileStorage,
+    InlineWrites,
+    create_file,
+    open_file,
+    open_unlinked,
+)
+from fleecer.storage.pool import running_pool
+
+SIZE = 1 << 20
+
+
+@pytest.fixture(autouse=True)
+async def pool() -> AsyncIterator[None]:
+    yield
+    await running_pool().close()
+
+
+@pytest.fixture(params=["disk", "memory"])
+async def storage(request: pytest.FixtureRequest, tmp_path: Path, pool: None) -> AsyncIterator[FileStorage]:
+    """An empty file of SIZE bytes on tmp_path's file system, and one on tmpfs."""
+    opened = await open_unlinked(str(tmp_path) if request.param == "disk" else "/dev/shm")
+    await opened.truncate(SIZE)
+    yield opened
+    await opened.close()
+
+
+# Opening.
+
+
+def make_socket(path: str) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(path)
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (os.mkfifo, "is a FIFO; only regular files and block devices will do"),
+        (os.mkdir, "is a directory; only"),
+        (make_socket, "is a socket; only"),
+        (lambda path: os.symlink("/dev/zero", path), "is a character device; only"),
+    ],
+)
+@pytest.mark.parametrize("read_only", [True, False])
+async def test_what_is_no_image_is_refused_at_once(
+    tmp_path: Path, make: Callable[[str], None], text: str, read_only: bool
+) -> None:
+    path = str(tmp_path / "x")
+    make(path)
+    with pytest.raises(UsageError, match=f"image '{path}' {text}"):
+        await open_file(path, read_only=read_only)
+
+
+async def test_a_fifo_that_takes_a_files_place_between_look_and_open_does_not_hang(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = str(tmp_path / "x")
+    os.mkfifo(path)
+    monkeypatch.setattr(os, "stat", lambda path: os.fstat(os.open(__file__, os.O_RDONLY)))
+    with pytest.raises(UsageError, match="is a FIFO"):
+        await open_file(path, read_only=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "code", "text"),
+    [
+        ("missing", errno.ENOENT, "No such file or directory"),
+        ("plain/below", errno.ENOTDIR, "Not a directory"),
+        ("x" * 300, errno.ENAMETOOLONG, "File name too long"),
+    ],
+)
+async def test_an_error_names_the_path_and_the_reason(tmp_path: Path, name: str, code: int, text: str) -> None:
+    (tmp_path / "plain").touch()
+    with pytest.raises(IoError, match=f"^open on '{tmp_path}/.*': {text}$") as caught:
+        await open_file(str(tmp_path / name))
+    assert caught.value.errno == code
+    assert isinstance(caught.value.__cause__, OSError)
+
+
+async def test_force_share_is_for_readers(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="force-share is for reading only"):
+        await open_file(str(tmp_path / "x"), force_share=True)
+
+
+async def test_an_open_file_describes_itself(tmp_path: Path) -> None:
+    path = tmp_path / "disk0"
+    path.write_bytes(b"x" * 1234)
+    os.link(path, tmp_path / "link")
+    one = await open_file(str(path), read_only=True)
+    two = await open_file(str(tmp_path / "link"), read_only=True)
+    assert (one.name, one.size, one.read_only, one.is_block_device) == (str(path), 1234, True, False)
+    assert one.identity == two.identity
+    assert not one.limits.growable
+    assert not one.limits.can_discard
+    assert os.get_inheritable(one._fd) is False
+    await one.close()
+    await two.close()
+    await two.close()
+    writer = await open_file(str(path))
+    assert writer.limits.growable
+    assert writer.limits.can_discard
+    assert writer.limits.zero_is_fast
+    await writer.close()
+
+
+async def test_a_new_file_is_private_has_its_size_and_reads_as_zero(tmp_path: Path) -> None:
+    path = str(tmp_path / "new")
+    made = await create_file(path, size=100_000)
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    assert made.size == os.stat(path).st_size == 100_000
+    assert is_zero(await made.pread(0, 100_000))
+    await made.close()
+
+
+async def test_an_existing_file_is_spared_unless_told_otherwise(tmp_path: Path) -> None:
+    path = tmp_path / "old"
+    path.write_bytes(b"precious")
+    with pytest.raises(IoError, match="File exists"):
+        await create_file(str(path))
+    assert path.read_bytes() == b"precious"
+    made = await create_file(str(path), size=3, exclusive=False)
+    assert path.read_bytes() == bytes(3)
+    await made.close()
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(UsageError, match="is a FIFO; only regular files will do"):
+        await create_file(str(tmp_path / "fifo"), exclusive=False)
+
+
+async def test_a_creation_that_fails_leaves_no_file(tmp_path: Path) -> None:
+    path = tmp_path / "new"
+    with pytest.raises(IoError, match="resize to 9223372036854775807 bytes on") as caught:
+        await create_file(str(path), size=(1 << 63) - 1)
+    assert caught.value.errno == errno.EFBIG
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("code", [None, errno.EOPNOTSUPP, errno.EISDIR])
+async def test_a_scratch_file_has_no_name(tmp_path: Path, code: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = os.open
+
+    def without_tmpfile(path: str, flags: int, mode: int = 0o777, **options: Any) -> int:
+        if code is not None and flags & os.O_TMPFILE == os.O_TMPFILE:
+            raise OSError(code, os.strerror(code))
+        return real(path, flags, mode, **options)
+
+    monkeypatch.setattr(os, "open", without_tmpfile)
+    scratch = await open_unlinked(str(tmp_path))
+    assert os.listdir(tmp_path) == []
+    await scratch.pwrite(5, b"abc")
+    assert await scratch.pread(0, 10) == bytes(5) + b"abc" + bytes(2)
+    await scratch.close()
+    with pytest.raises(IoError, match=r"create a scratch file in on '.*/missing': No such file"):
+        await open_unlinked(str(tmp_path / "missing"))
+
+
+async def test_no_descriptor_is_left_after_failures(tmp_path: Path) -> None:
+    (tmp_path / "disk0").touch()
+    holder = await open_file(str(tmp_path / "disk0"))
+    before = len(os.listdir("/proc/self/fd"))
+    os.mkfifo(tmp_path / "fifo")
+    for _ in range(5):
+        for name in ("disk0", "fifo", "missing"):
+            with pytest.raises(FleecerError):
+                await open_file(str(tmp_path / name))
+    assert len(os.listdir("/proc/self/fd")) == before
+    await holder.close()
+
+
+# Reading and writing.
+
+
+async def test_random_requests_match_a_model(storage: FileStorage) -> None:
+    generator = random.Random(1)
+    model = bytearray(SIZE)
+    for step in range(300):
+        length = generator.choice([1, 512, 4096, 5000, 100_000, SIZE])
+        offset = generator.randrange(SIZE - length + 1)
+        data = generator.randbytes(length)
+        match generator.randrange(6):
+            case 0:
+                if storage.try_pwrite(offset, data):
+                    model[offset : offset + length] = data
+            case 1:
+                await storage.pwrite(offset, data)
+                model[offset : offset + length] = data
+            case 2:
+                await storage.zero(offset, length, unmap=step % 2 == 0)
+                model[offset : offset + length] = bytes(length)
+            case 3:
+                found = storage.try_pread(offset, length)
+                assert found is None or found == model[offset : offset + length]
+            case 4:
+                assert await storage.pread(offset, length) == model[offset : offset + length]
+            case _:
+                await storage.discard(offset, length)
+                left = await storage.pread(offset, length)
+                assert all(byte in {0, old} for byte, old in zip(left, model[offset : offset + length], strict=True))
+                model[offset : offset + length] = left
+    assert await storage.pread(0, SIZE) == model
+    assert storage.size == SIZE
+
+
+async def test_bytes_past_the_end_read_as_zero(storage: FileStorage) -> None:
+    await storage.truncate(1000)
+    await storage.pwrite(0, b"x" * 1000)
+    assert await storage.pread(990, 34) == b"x" * 10 + bytes(24)
+    assert await storage.pread(5000, 100) == bytes(100)
+    assert storage.try_pread(990, 34) is None, "a short inline read is for the pool to complete"
+
+
+@pytest.mark.parametrize("most", [1, 511, 512, 513, 9_999])
+async def test_short_reads_and_writes_are_continued(
+    storage: FileStorage, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_pwrite, real_preadv = os.pwrite, os.preadv
+
+    def short_pwrite(fd: int, data: Any, offset: int) -> int:
+        return real_pwrite(fd, memoryview(data)[:most], offset)
+
+    def short_preadv(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
+        return real_preadv(fd, [memoryview(buffers[0])[:most]], offset, flags)
+
+    monkeypatch.setattr(os, "pwrite", short_pwrite)
+    monkeypatch.setattr(os, "preadv", short_preadv)
+    data = random.Random(2).randbytes(10_000)
+    assert storage.try_pwrite(0, data) is False
+    await storage.pwrite(77, data)
+    assert storage.try_pread(77, 10_000) is None
+    assert await storage.pread(77, 10_000) == data
+
+
+async def test_a_write_of_nothing_is_an_error(storage: FileStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: 0)
+    with pytest.raises(IoError) as caught:
+        await storage.pwrite(0, b"x")
+    assert caught.value.errno == errno.EIO
+
+
+async def test_a_write_that_runs_out_of_space_says_so_on_either_path(
+    storage: FileStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(fd: int, data: Any, offset: int) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "pwrite", full)
+    text = "write of 3 bytes at 10 on '.*': No space left on device"
+    with pytest.raises(IoError, match=text) as caught:
+        storage.try_pwrite(10, b"abc")
+    assert caught.value.errno == errno.ENOSPC
+    with pytest.raises(IoError, match=text):
+        await storage.pwrite(10, b"abc")
+    assert storage.size == SIZE
+
+
+async def test_errors_of_every_operation_name_it_and_its_range(tmp_path: Path) -> None:
+    path = tmp_path / "disk0"
+    path.write_bytes(bytes(8192))
+    reader = await open_file(str(path), read_only=True)
+    changes: list[tuple[Coroutine[Any, Any, object], str]] = [
+        (reader.pwrite(1, b"x"), "write of 1 bytes at 1"),
+        (reader.zero(4096, 10, unmap=True), "write zeroes of 10 bytes at 4096"),
+        (reader.truncate(1), "resize to 1 bytes"),
+    ]
+    for request, text in changes:
+        with pytest.raises(IoError, match=f"^{text} on '{path}': "):
+            await request
+    with pytest.raises(IoError, match="write of 1 bytes at 1"):
+        reader.try_pwrite(1, b"x")
+    await reader.close()
+    requests: list[tuple[Coroutine[Any, Any, object], str]] = [
+        (reader.pread(0, 1), "read of 1 bytes at 0"),
+        (reader.sync(), "flush"),
+        (reader.extents(0, 10), "block status of 10 bytes at 0"),
+    ]
+    for request, text in requests:
+        with pytest.raises(IoError, match=f"^{text} on '{path}': Bad file descriptor"):
+            await request
+    assert reader.try_pread(0, 1) is None
+
+
+# The inline path.
+
+
+async def test_cached_pages_and_memory_are_read_inline(storage: FileStorage) -> None:
+    await storage.pwrite(0, b"x" * SIZE)
+    found = [storage.try_pread(offset, 4096) for offset in range(0, SIZE, 65536)]
+    assert sum(data == b"x" * 4096 for data in found) >= len(found) - 1
+    assert storage.try_pread(0, INLINE_MAX_BYTES + 1) is None
+
+
+async def test_inline_reads_do_not_share_their_buffers(storage: FileStorage) -> None:
+    await storage.pwrite(0, b"x" * 8192)
+    one = storage.try_pread(0, 4096) or await storage.pread(0, 4096)
+    two = storage.try_pread(0, 4096) or await storage.pread(0, 4096)
+    await storage.pwrite(0, b"y" * 8192)
+    memoryview(two)[:] = b"z" * 4096
+    assert one == b"x" * 4096
+
+
+async def test_pages_that_are_not_cached_go_to_the_pool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = await create_file(str(tmp_path / "disk0"), size=SIZE)
+    await storage.pwrite(0, b"x" * SIZE)
+    real = os.preadv
+
+    def nothing_cached(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
+        if flags & os.RWF_NOWAIT:
+            raise BlockingIOError(errno.EAGAIN, "would block")
+        return real(fd, buffers, offset, flags)
+
+    monkeypatch.setattr(os, "preadv", nothing_cached)
+    assert storage.try_pread(0, 4096) is None
+    assert await storage.pread(0, 4096) == b"x" * 4096
+    monkeypatch.undo()
+    # And for real, as far as the kernel lets go of the pages.
+    await storage.sync()
+    os.posix_fadvise(storage._fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    assert await storage.pread(0, SIZE) == b"x" * SIZE
+    await storage.close()
+
+
+@pytest.mark.parametrize(("in_memory", "inline"), [(True, True), (False, False)])
+async def test_where_the_kernel_knows_no_inline_reads_only_memory_is_read_inline(
+    storage: FileStorage, in_memory: bool, inline: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await storage.pwrite(0, b"x" * 4096)
+    real = os.preadv
+    asked: list[int] = []
+
+    def no_flags(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
+        asked.append(flags)
+        if flags:
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+        return real(fd, buffers, offset)
+
+    storage._inline_read_flags = os.RWF_NOWAIT
+    monkeypatch.setattr(os, "preadv", no_flags)
+    monkeypatch.setattr(fallocate, "is_in_memory", lambda fd: in_memory)
+    for _ in range(3):
+        assert (storage.try_pread(0, 4096) == b"x" * 4096) is inline
+    assert asked == [os.RWF_NOWAIT, *([0] * 3 if inline else [])], "it is found out once"
+
+
+class Clock:
+    """A clock that a test sets; each reading costs `step_s`."""
+
+    def __init__(self) -> None:
+        self.now_s = 100.0
+        self.step_s = 0.0
+
+    def __call__(self) -> float:
+        self.now_s += self.step_s
+        return self.now_s
+
+
+async def test_a_slow_write_sends_those_that_follow_to_the_pool_for_a_while(storage: FileStorage) -> None:
+    clock = Clock()
+    storage._inline_writes = InlineWrites(clock)
+    assert storage.try_pwrite(0, b"x")
+    clock.step_s = InlineWrites.SLOW_S * 2
+    assert storage.try_pwrite(0, b"y"), "the slow write itself is done"
+    clock.step_s = 0.0
+    assert not storage.try_pwrite(0, b"z")
+    clock.now_s += InlineWrites.PAUSE_MIN_S * 0.9
+    assert not storage.try_pwrite(0, b"z")
+    assert await storage.pread(0, 1) == b"y", "a write that was not allowed touched nothing"
+    clock.now_s += InlineWrites.PAUSE_MIN_S * 0.2
+    assert storage.try_pwrite(0, b"z")
+
+
+def test_the_pause_doubles_while_trials_stay_slow_and_starts_anew_after_a_quick_one() -> None:
+    clock = Clock()
+    policy = InlineWrites(clock)
+    pauses = []
+    for _ in range(7):
+        begun_s = clock.now_s = policy.resume_at_s
+        clock.now_s += 1.0
+        policy.ended(begun_s)
+        pauses.append(policy.resume_at_s - clock.now_s)
+    assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0, 16.0, 16.0]
+    policy.ended(clock.now_s)
+    policy.ended(clock.now_s - 1.0)
+    assert policy.resume_at_s - clock.now_s == pytest.approx(1.0)
+
+
+async def test_long_writes_go_to_the_pool(storage: FileStorage) -> None:
+    assert storage.try_pwrite(0, bytes(INLINE_MAX_BYTES))
+    assert not storage.try_pwrite(0, bytes(INLINE_MAX_BYTES + 1))
+
+
+async def test_syncs_do_not_take_the_places_of_reads(storage: FileStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    go_on = threading.Event()
+    monkeypatch.setattr(os, "fdatasync", lambda fd: go_on.wait(60))
+    syncs = [asyncio.create_task(storage.sync()) for _ in range(20)]
+    await asyncio.sleep(0)
+    assert await storage.pread(0, 10) == bytes(10)
+    go_on.set()
+    await asyncio.gather(*syncs)
+
+
+# Growing, holes, zeroes.
+
+
+async def test_growth_never_shortens_the_file_under_another_write(storage: FileStorage) -> None:
+    far = storage.pwrite(8 << 20, b"x" * 4096)
+    near = [storage.zero((2 << 20) + i * 4096, 4096, unmap=True) for i in range(8)]
+    await asyncio.gather(far, *near)
+    assert storage.size == os.fstat(storage._fd).st_size == (8 << 20) + 4096
+    assert await storage.pread(8 << 20, 4096) == b"x" * 4096
+
+
+async def test_zero_past_the_end_extends_with_zeroes(storage: FileStorage) -> None:
+    await storage.pwrite(SIZE - 10, b"x" * 10)
+    for unmap in (True, False):
+        start = storage.size - 5
+        await storage.zero(start, 5000, unmap=unmap)
+        assert storage.size == os.fstat(storage._fd).st_size == start + 5000
+        assert is_zero(await storage.pread(start, 5000))
+
+
+async def test_extents_tell_data_and_holes_to_the_end_and_beyond(storage: FileStorage) -> None:
+    unit = 65536
+    await storage.pwrite(unit, b"x" * unit)
+    await storage.pwrite(4 * unit, b"x" * unit)
+    assert await storage.extents(0, SIZE) == [
+        (unit, False),
+        (unit, True),
+        (2 * unit, False),
+        (unit, True),
+        (SIZE - 5 * unit, False),
+    ]
+    assert await storage.extents(unit + 1, 10) == [(10, True)]
+    assert await storage.extents(0, 10) == [(10, False)]
+    assert await storage.extents(SIZE - 10, 100) == [(100, False)]
+    assert await storage.extents(SIZE + 10, 100) == [(100, False)]
+    await storage.pwrite(SIZE - unit, b"x" * unit)
+    assert await storage.extents(SIZE - 10, 100) == [(10, True), (90, False)]
+
+
+async def test_a_file_of_many_pieces_is_told_bit_by_bit(storage: FileStorage) -> None:
+    unit = 65536
+    for i in range(EXTENTS_MAX):
+        await storage.pwrite(i * 2 * unit, b"x")
+    runs = await storage.extents(0, storage.size)
+    assert len(runs) == EXTENTS_MAX
+    assert sum(run for run, _ in runs) < storage.size
+
+
+async def test_extents_end_however_the_file_changes_meanwhile(
+    storage: FileStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A hole punched between asking for data and for its end: the answer must still move on."""
+    monkeypatch.setattr(os, "lseek", lambda fd, offset, whence: offset)
+    runs = await storage.extents(0, SIZE)
+    assert 1 <= len(runs) <= EXTENTS_MAX
+    assert all(run > 0 for run, _ in runs)
+
+
+async def test_truncate_cuts_and_extends_with_zeroes(storage: FileStorage) -> None:
+    await storage.pwrite(0, b"x" * 100)
+    await storage.truncate(50)
+    await storage.truncate(100)
+    assert storage.size == 100
+    assert await storage.pread(0, 100) == b"x" * 50 + bytes(50)
+
+
+# Durability.
+
+
+async def test_the_first_sync_of_a_new_file_makes_its_name_durable_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda fd: calls.append("fsync " + os.readlink(f"/proc/self/fd/{fd}")))
+    monkeypatch.setattr(os, "fdatasync", lambda fd: calls.append("fdatasync " + os.readlink(f"/proc/self/fd/{fd}")))
+    path = str(tmp_path / "new")
+    storage = await create_file(path)
+    await storage.sync()
+    await storage.sync()
+    assert calls == [f"fsync {path}", f"fsync {tmp_path}", f"fdatasync {path}"]
+    await storage.close()
+
+
+async def test_a_failed_sync_keeps_the_directory_on_the_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(fd: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    storage = await create_file(str(tmp_path / "new"))
+    monkeypatch.setattr(os, "fsync", fail)
+    for _ in range(2):
+        with pytest.raises(IoError, match=f"^flush on '{storage.name}': Input/output error$"):
+            await storage.sync()
+    await storage.close()
+
+
+# Block devices.
+
+
+@pytest.fixture
+def loop_device(tmp_path: Path) -> Iterator[str]:
+    image = tmp_path / "image"
+    image.write_bytes(b"x" * SIZE)
+    done = subprocess.run(["losetup", "--find", "--show", str(image)], check=True, capture_output=True, text=True)
+    device = done.stdout.strip()
+    yield device
+    subprocess.run(["losetup", "--detach", device], check=True)
+
+
+@pytest.mark.root
+async def test_a_block_device_has_its_size_and_takes_every_request(loop_device: str) -> None:
+    storage = await open_file(loop_device)
+    assert (storage.size, storage.is_block_device, storage.limits.growable) == (SIZE, True, False)
+    assert await storage.pread(0, SIZE) == b"x" * SIZE
+    await storage.zero(1000, 100_001, unmap=True)
+    await storage.zero(300_000, 3, unmap=False)
+    await storage.zero(400_000, 5000, unmap=False)
+    await storage.pwrite(200_001, b"abc")
+    await storage.discard(500_000, 100)
+    await storage.sync()
+    expected = bytearray(b"x" * SIZE)
+    expected[1000:101_001] = bytes(100_001)
+    expected[300_000:300_003] = bytes(3)
+    expected[400_000:405_000] = bytes(5000)
+    expected[200_001:200_004] = b"abc"
+    assert await storage.pread(0, SIZE) == expected
+    await storage.discard(600_000, 100_000)
+    left = await storage.pread(600_000, 100_000)
+    assert set(left) <= {0, ord("x")}
+    assert await storage.extents(0, SIZE) == [(SIZE, True)]
+    with pytest.raises(IoError, match="a block device cannot be resized from here"):
+        await storage.truncate(SIZE * 2)
+    with pytest.raises(IoError) as caught:
+        await storage.pwrite(SIZE, b"x")
+    assert caught.value.errno == errno.ENOSPC
+    await storage.close()
