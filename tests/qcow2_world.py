@@ -13,9 +13,9 @@ from fleecer.block.edge import Edge
 from fleecer.block.nodes.file import FileNode
 from fleecer.block.nodes.qcow2 import Qcow2Node, check_qcow2, create_qcow2, open_qcow2, read_header
 from fleecer.formats.qcow2.check import CheckReport
-from fleecer.testing.memory import MemoryStorage
-
+from fleecer.ranges import Buffer
 from fleecer.storage.api import Storage
+from fleecer.testing.memory import MemoryStorage
 
 
 def file_edge(storage: Storage, *, writable: bool = True) -> Edge:
@@ -58,6 +58,70 @@ def qemu_check(data: bytes | bytearray, directory: Path) -> tuple[int, int]:
     assert done.returncode in (0, 2, 3), done.stderr
     report = json.loads(done.stdout)
     return report.get("corruptions", 0) + report["check-errors"], report.get("leaks", 0)
+
+
+class Hold:
+    """One operation of a `HeldStorage` that is stopped before it does anything."""
+
+    def __init__(self, operation: str, start: int, end: int) -> None:
+        self.operation = operation
+        self.start = start
+        self.end = end
+        self.reached = asyncio.Event()
+        self.released = asyncio.Event()
+
+
+class HeldStorage(MemoryStorage):
+    """A storage whose next read, write or flush of a range can be stopped. `counts` tells how many of each it saw."""
+
+    def __init__(self, content: int | bytes, **options: Any) -> None:
+        super().__init__(content, **options)
+        self.holds: list[Hold] = []
+        self.counts = {"read": 0, "write": 0, "flush": 0, "discard": 0}
+        self.written: list[tuple[int, int]] = []
+
+    def hold(self, operation: str, start: int = 0, end: int = 1 << 62) -> Hold:
+        """Stops the next such operation that touches the range, until `released` is set."""
+        self.holds.append(Hold(operation, start, end))
+        return self.holds[-1]
+
+    def try_pread(self, offset: int, length: int) -> Buffer | None:
+        return None
+
+    def try_pwrite(self, offset: int, data: Buffer) -> bool:
+        return False
+
+    async def pread(self, offset: int, length: int) -> Buffer:
+        await self._stop("read", offset, length)
+        return await super().pread(offset, length)
+
+    async def pwrite(self, offset: int, data: Buffer) -> None:
+        await self._stop("write", offset, len(data))
+        self.written.append((offset, len(data)))
+        await super().pwrite(offset, data)
+
+    async def discard(self, offset: int, length: int) -> None:
+        await self._stop("discard", offset, length)
+        await super().discard(offset, length)
+
+    async def sync(self) -> None:
+        await self._stop("flush", 0, 1)
+        await super().sync()
+
+    async def _stop(self, operation: str, offset: int, length: int) -> None:
+        self.counts[operation] += 1
+        for hold in self.holds:
+            if hold.operation == operation and hold.start < offset + length and offset < hold.end:
+                self.holds.remove(hold)
+                hold.reached.set()
+                await hold.released.wait()
+                return
+
+
+async def settle() -> None:
+    """Lets everything run that does not wait for a hold."""
+    for _ in range(60):
+        await asyncio.sleep(0)
 
 
 class Model:

@@ -158,14 +158,21 @@ class Opener:
         file = await self._child(
             name, "file", options.file, edges, writable=writable, shares_write=False, may_grow=writable
         )
-        header = await read_header(file)
+        header = await read_header(file, _image_name(file.node))
         backing = options.backing
         if backing is msgspec.UNSET and header.backing_file is not None:
             backing, chain = self._named_backing(name, file, header, chain)
         edge = None
         if backing is not None and backing is not msgspec.UNSET:
             edge = await self._child(name, "backing", backing, edges, writable=False, chain=chain)
-        return await open_qcow2(file, name=name, backing=edge, read_only=options.read_only)
+        return await open_qcow2(
+            file,
+            name=name,
+            header=header,
+            backing=edge,
+            read_only=options.read_only,
+            discard_freed=options.discard == "unmap",
+        )
 
     def _named_backing(
         self, name: str, file: Edge, header: Header, chain: tuple[tuple[int, int], ...]
@@ -224,6 +231,11 @@ class Opener:
         return SnapshotAccessNode(
             name, edge, below.copier, below.copier.snapshots[-1], may_discard=not options.read_only
         )
+
+
+def _image_name(node: Node) -> str:
+    """What the user calls the image in a protocol node."""
+    return node.storage.name if isinstance(node, FileNode) else node.name
 
 
 async def _connect(options: opt.NbdOptions) -> NbdClient:

@@ -82,7 +82,7 @@ class Connection:
 
     def closed(self, error: IoError | None) -> None:
         """The stream is gone. What is in flight ends by itself."""
-        if error is not None:
+        if error is not None and error.errno not in (errno.EPIPE, errno.ECONNRESET):  # a client may just go
             self._server.note_drop(self.stream.peer, told(error))
         self._gone = self._finishing = True
         self._waiting.clear()

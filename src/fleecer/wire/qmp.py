@@ -92,7 +92,7 @@ class Command(msgspec.Struct, forbid_unknown_fields=True):
 
 
 _command_decoder = msgspec.json.Decoder(Command)
-_encoder = msgspec.json.Encoder(order="deterministic")
+_encoder = msgspec.json.Encoder()
 
 
 def decode_command(document: bytes) -> Command:

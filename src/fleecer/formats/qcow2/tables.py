@@ -158,9 +158,7 @@ class Mapping:
                 elif wanted < file_end:
                     _join_data(plans, host + skip, take)
                 else:
-                    raise CorruptImage(
-                        self.path, f"cluster {index - 1 + shift} at {wanted} is past the file's end at {file_end}"
-                    )
+                    raise self._past_end(index - 1 + shift, wanted, file_end)
             length -= take
             skip = 0
 
@@ -190,7 +188,12 @@ class Mapping:
             first = host >> bits
             return HostClusters(first, ((host + length - 1) >> bits) - first + 1)
         host = self.standard(entry, cluster)
+        if host >= file_end and not entry & ZERO_FLAG:
+            raise self._past_end(cluster, host, file_end)
         return HostClusters(host >> bits, 1) if host else None
+
+    def _past_end(self, cluster: int, host: int, file_end: int) -> CorruptImage:
+        return CorruptImage(self.path, f"cluster {cluster} at {host} is past the file's end at {file_end}")
 
 
 def _join_data(plans: list[Plan], host: int, length: int) -> None:

@@ -78,13 +78,10 @@ class Codec:
 
     def _compact(self) -> None:
         """Moves what is not parsed yet to the start of the shared buffer."""
-        start, end = self._start, self._end
-        if start == end or self.finished:
-            self._end = 0
-        elif start:
-            self._view[: end - start] = self._view[start:end]
-            self._end = end - start
-        self._start = 0
+        start, left = self._start, 0 if self.finished else self._end - self._start
+        if start and left:
+            self._view[:left] = self._view[start : start + left]
+        self._start, self._end = 0, left
 
     def _enlarge(self, size: int) -> None:
         buffer = bytearray(size)

@@ -118,7 +118,10 @@ class ExportInfo:
 
 
 class Catalogue(Protocol):
-    """Where a server codec looks exports up. The empty name asks for the default export, if there is one."""
+    """Where a server codec looks exports up. The empty name asks for the default export, if there is one.
+
+    The methods say no with None; what they raise is a bug, and reaches the caller of `received`.
+    """
 
     def names(self) -> Iterable[tuple[str, str]]:
         """Name and description of each export that may be listed."""

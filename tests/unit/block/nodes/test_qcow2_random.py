@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.qcow2_world import Model, checked, guest, new_image, open_image, qemu_check
 
 from fleecer.testing.memory import MemoryStorage, random_turns
-from tests.qcow2_world import Model, checked, guest, new_image, open_image, qemu_check
 
 GEOMETRIES: list[tuple[int, dict[str, Any], int | None]] = [
     # size, how to create it, length of the backing file
@@ -43,7 +43,7 @@ async def test_random_requests_leave_what_the_model_says(
         if paused:
             storage.pause = random_turns(seed + reopened, 2)
         # Small caches: slices are dropped, and commits forced.
-        caches = {"l2_cache_bytes": 32768, "refcount_cache_bytes": 16384} if reopened else {}
+        caches: dict[str, Any] = {"l2_cache_bytes": 32768, "refcount_cache_bytes": 16384} if reopened else {}
         node = await open_image(storage, backing=backing, discard_freed=reopened == 1, **caches)
         for _ in range(12 if paused else 40):
             await model.round(guest(node), 8, 12 * options["cluster_size"])

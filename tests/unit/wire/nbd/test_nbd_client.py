@@ -282,6 +282,15 @@ def test_an_endless_list_ends_the_session() -> None:
     assert "more than 16777216 bytes" in str(codec.failure)
 
 
+def test_contexts_sent_before_an_error_do_not_count() -> None:
+    codec = ClientCodec("disk")
+    feed(codec, HANDSHAKES["a context, then an error"].said)
+    assert codec.ready
+    assert codec.contexts == ()
+    assert codec.info is not None
+    assert codec.info.contexts == ()
+
+
 def test_contexts_with_the_same_id_are_refused() -> None:
     codec = ClientCodec("disk", contexts=("x-a:1", "x-a:2"))
     entries = b"".join(rep(M, nbd.REP_META_CONTEXT, bytes(4) + name) for name in (b"x-a:1", b"x-a:2"))
@@ -419,8 +428,10 @@ def test_reads_of_any_size_arrive_whole_and_private(structured: bool, size: int,
 
 
 BAD_READS = {
-    "outside, before": data_chunk(4095, PATTERN),
-    "outside, behind": data_chunk(4097, PATTERN),
+    "outside, before": data_chunk(4095, PATTERN, done=False),
+    "outside, before, in part": data_chunk(4000, b"x" * 97, done=False),
+    "outside, behind": data_chunk(4097, PATTERN, done=False),
+    "outside, behind, in part": data_chunk(5119, b"xx", done=False),
     "far outside": data_chunk(2**64 - 1, b"x"),
     "longer than asked for": data_chunk(4096, PATTERN + b"x"),
     "no data in a data chunk": data_chunk(4096, b""),
@@ -431,9 +442,11 @@ BAD_READS = {
     "a gap": data_chunk(4096, PATTERN[:1000]),
     "nothing at all": chunk(nbd.REPLY_TYPE_NONE),
     "twice the same": data_chunk(4096, PATTERN, done=False) + data_chunk(4096, PATTERN),
-    "an overlap of one byte, from before": data_chunk(4196, b"x" * 100, done=False) + data_chunk(4096, b"x" * 101),
-    "an overlap of one byte, from behind": data_chunk(4196, b"x" * 100, done=False) + data_chunk(4295, b"x" * 100),
-    "an overlap of a hole": hole_chunk(4196, 100, done=False) + hole_chunk(4096, 1024),
+    "an overlap of one byte, from before": data_chunk(4196, b"x" * 100, done=False)
+    + data_chunk(4096, b"x" * 101, done=False),
+    "an overlap of one byte, from behind": data_chunk(4196, b"x" * 100, done=False)
+    + data_chunk(4295, b"x" * 100, done=False),
+    "an overlap of a hole": hole_chunk(4196, 100, done=False) + hole_chunk(4096, 1024, done=False),
     "a simple reply": simple() + PATTERN,
     "a simple error": simple(nbd.EIO),
     "block status": status_chunk((1024, 0)),

@@ -49,7 +49,7 @@ DISK = ExportInfo(
 )
 READ_ONLY = ExportInfo(name="frozen", size=1 * MiB, read_only=True, can_trim=True, can_fast_zero=True, rotational=True)
 COARSE = ExportInfo(name="coarse", size=1 * MiB, block_size_min=512, block_size_max=1 * MiB)
-HUGE = ExportInfo(name="huge", size=1 << 40)
+HUGE = ExportInfo(name="huge", size=1 << 40, contexts=("base:allocation",))
 GREETING_BYTES = 18
 BYTEWISE = pytest.mark.parametrize("piece", [1 << 30, 1], ids=["whole", "bytewise"])
 
@@ -245,6 +245,14 @@ def test_rule_4_an_export_that_vanished_or_is_full_is_refused_at_go() -> None:
     assert kinds(codec, info_option(nbd.OPT_INFO, "disk")) == [nbd.REP_INFO, nbd.REP_ACK]
     assert kinds(codec, info_option(nbd.OPT_GO, "disk")) == [nbd.REP_ERR_UNKNOWN]
     assert codec.export is None
+
+
+def test_rule_4_the_block_sizes_told_are_the_export_s_within_what_the_codec_takes() -> None:
+    for codec, largest in ((server(), 1 * MiB), (ServerCodec(Shelf(COARSE), payload_max=512 * KiB), 512 * KiB)):
+        sent(codec)
+        feed(codec, HELLO + info_option(nbd.OPT_INFO, "coarse", [nbd.INFO_BLOCK_SIZE]))
+        told = [reply.data for reply in option_replies(sent(codec))]
+        assert struct.pack(">HIII", nbd.INFO_BLOCK_SIZE, 512, 4096, largest) in told
 
 
 # Rule 5.
@@ -793,3 +801,12 @@ def test_requests_before_a_violation_are_returned_and_the_violation_is_told(piec
     assert codec.finished
     assert isinstance(codec.failure, RemoteProtocolError)
     assert "request magic 0x6e6f7420" in str(codec.failure)
+
+
+def test_after_the_end_bytes_are_taken_and_dropped() -> None:
+    codec = transmitting()
+    room = len(codec.receive_buffer())
+    feed(codec, b"x" * (room // 2))
+    assert codec.finished
+    assert len(codec.receive_buffer()) == room
+    assert feed(codec, b"x" * (2 * room)) == []

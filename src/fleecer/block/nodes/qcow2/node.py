@@ -43,6 +43,7 @@ SLICE_BYTES_MAX = 4096
 STATUS_EXTENTS_MAX = 4096
 STATUS_ENTRIES_MAX = 32768
 _SLICES_BETWEEN_TURNS = 64
+_OTHER_BITS = COPIED - 1
 
 
 class Qcow2Node(Node):
@@ -55,6 +56,7 @@ class Qcow2Node(Node):
         "_backed",
         "_backing",
         "_cluster_bits",
+        "_cluster_mask",
         "_cluster_size",
         "_commits",
         "_file",
@@ -68,6 +70,8 @@ class Qcow2Node(Node):
         "_odd_bits",
         "_offset_in_cluster",
         "_slice_bits",
+        "_slice_mask",
+        "_slice_start_mask",
         "_slices",
         "_unpacked",
     )
@@ -100,12 +104,15 @@ class Qcow2Node(Node):
         self._backed = backing is not None or header.backing_file is not None
         self._cluster_bits = header.cluster_bits
         self._cluster_size = header.cluster_size
+        self._cluster_mask = -header.cluster_size
         self._offset_in_cluster = header.cluster_size - 1
         self._odd_bits = image.mapping.odd_bits
         self._l1 = image.l1
         self._l2_bits = header.cluster_bits - 3
         slice_bytes = min(SLICE_BYTES_MAX, header.cluster_size)
         self._slice_bits = (slice_bytes // 8).bit_length() - 1
+        self._slice_mask = (1 << self._slice_bits) - 1
+        self._slice_start_mask = header.cluster_size - slice_bytes
         self._l2: SliceCache[array[int]] = SliceCache(slice_bytes, l2_cache_bytes, self._load_slice)
         self._slices = self._l2.slices
         self._allocator = Allocator(image, cache_bytes=refcount_cache_bytes, discard_freed=discard_freed)
@@ -125,53 +132,56 @@ class Qcow2Node(Node):
 
     async def pread(self, offset: int, length: int) -> Buffer:
         """See `Node.pread`. Raises CorruptImage where the tables do not make sense for the range."""
+        inner = offset & self._offset_in_cluster
         in_flight = self._in_flight
-        size = self._cluster_size
-        start = offset & -size
-        claim = in_flight.enter(start, (offset + length + size - 1 & -size) - start)
+        claim = in_flight.enter(offset - inner, (inner + length + self._offset_in_cluster) & self._cluster_mask)
         try:
             if claim.blockers:
                 await claim.granted()
-            # The common case first: one ordinary cluster whose slice is in memory.
-            entry = self._entry(offset >> self._cluster_bits)
-            host = entry & ~COPIED
-            inner = offset - start
-            if host and not host & self._odd_bits and inner + length <= size:
-                host += inner
-                if host + length <= self._file_end:
-                    return await self._file.pread(host, length)
+            # The common case first: one ordinary cluster whose slice is in memory. `_read` does it all.
+            cluster = offset >> self._cluster_bits
+            table = self._l1[cluster >> self._l2_bits] & _OTHER_BITS
+            slice_ = self._slices.get(table + (cluster << 3 & self._slice_start_mask))
+            if slice_ is not None:
+                slice_.used = True
+                host = slice_.data[cluster & self._slice_mask] & _OTHER_BITS
+                if host and not (host | table) & self._odd_bits and inner + length <= self._cluster_size:
+                    host += inner
+                    if host + length <= self._file_end:
+                        return await self._file.pread(host, length)
             return await self._read(offset, length)
         finally:
             in_flight.leave(claim)
 
     async def pwrite(self, offset: int, data: Buffer, serialising: bool = False) -> None:
         """See `Node.pwrite`."""
-        if not self._image.accepts_writes:
+        image = self._image
+        if not image.accepts_writes:
             await self._prepare()
+        inner = offset & self._offset_in_cluster
+        claimed = (inner + len(data) + self._offset_in_cluster) & self._cluster_mask
         in_flight = self._in_flight
-        length = len(data)
-        size = self._cluster_size
-        start = offset & -size
-        claimed = (offset + length + size - 1 & -size) - start
         if not serialising:
-            claim = in_flight.enter(start, claimed)
+            claim = in_flight.enter(offset - inner, claimed)
             try:
                 if claim.blockers:
                     await claim.granted()
-                entry = self._entry(offset >> self._cluster_bits)
-                host = entry & ~COPIED
-                inner = offset - start
-                usable = entry & COPIED and host and not host & self._odd_bits and host < self._file_end
-                if usable and inner + length <= size:
-                    if host in self._image.metadata:
-                        await self._image.check_overlap(host, length)
-                    await self._file.pwrite(host + inner, data)
-                    return
+                cluster = offset >> self._cluster_bits
+                table = self._l1[cluster >> self._l2_bits] & _OTHER_BITS
+                slice_ = self._slices.get(table + (cluster << 3 & self._slice_start_mask))
+                if slice_ is not None and claimed == self._cluster_size:
+                    slice_.used = True
+                    host = slice_.data[cluster & self._slice_mask] - COPIED
+                    if 0 < host < self._file_end and not (host | table) & self._odd_bits:
+                        if host in image.metadata:
+                            await image.check_overlap(host, 1)
+                        await self._file.pwrite(host + inner, data)
+                        return
                 if await self._write_in_place(offset, data):
                     return
             finally:
                 in_flight.leave(claim)
-        claim = in_flight.enter(start, claimed, serialising=True)
+        claim = in_flight.enter(offset - inner, claimed, serialising=True)
         try:
             if claim.blockers:
                 await claim.granted()
@@ -259,18 +269,6 @@ class Qcow2Node(Node):
 
     # Look-up.
 
-    def _entry(self, cluster: int) -> int:
-        """The L2 entry of a guest cluster if its slice is in memory, else 0."""
-        table = self._l1[cluster >> self._l2_bits] & ~COPIED
-        if table & self._odd_bits:
-            return 0
-        bits = self._slice_bits
-        slice_ = self._slices.get(table + ((cluster & (1 << self._l2_bits) - 1) >> bits << bits + 3))
-        if slice_ is None:
-            return 0
-        slice_.used = True
-        return slice_.data[cluster & (1 << bits) - 1]
-
     async def _load_slice(self, offset: int) -> array[int]:
         return decode_table(await self._image.read(offset, self._l2.slice_bytes))
 
@@ -282,8 +280,7 @@ class Qcow2Node(Node):
             table = self._image.mapping.table_offset(entry, index, self._file.size)
             if not table:
                 return None
-            number = (cluster & (1 << self._l2_bits) - 1) >> self._slice_bits
-            slice_ = await self._l2.fetch(table + number * self._l2.slice_bytes)
+            slice_ = await self._l2.fetch(table + (cluster << 3 & self._slice_start_mask))
             # While it was read the table may have moved, and its old place may have got another use.
             if self._l1[index] == entry:
                 return slice_
@@ -303,7 +300,7 @@ class Qcow2Node(Node):
                 join_backing(plans, stop - offset)
                 seen += 1
             else:
-                first = cluster & (1 << self._slice_bits) - 1
+                first = cluster & self._slice_mask
                 stop = min((cluster - first + (1 << self._slice_bits)) << bits, end)
                 file_end = self._file_end = self._file.size
                 inner = offset & self._offset_in_cluster
@@ -375,7 +372,7 @@ class Qcow2Node(Node):
             slice_ = await self._slice(cluster)
             if slice_ is None:
                 return False
-            first = cluster & (1 << self._slice_bits) - 1
+            first = cluster & self._slice_mask
             count = min((end - 1 >> bits) - cluster + 1, (1 << self._slice_bits) - first)
             file_end = self._file_end = self._file.size
             host, run = self._image.mapping.in_place(slice_.data, first, count, file_end)
@@ -399,7 +396,7 @@ class Qcow2Node(Node):
             slice_ = await self._own_slice(cluster)
             slice_.pins += 1
             try:
-                first = cluster & (1 << self._slice_bits) - 1
+                first = cluster & self._slice_mask
                 length = min(len(view), ((cluster - first + (1 << self._slice_bits)) << bits) - offset)
                 await self._write_in_slice(slice_, offset, view[:length])
             finally:
@@ -412,7 +409,7 @@ class Qcow2Node(Node):
         mapping = self._image.mapping
         while view:
             cluster = offset >> bits
-            first = cluster & (1 << self._slice_bits) - 1
+            first = cluster & self._slice_mask
             count = (offset + len(view) - 1 >> bits) - cluster + 1
             host, run = mapping.in_place(slice_.data, first, count, self._file.size)
             length = min(len(view), ((cluster + max(run, 1)) << bits) - offset)
@@ -517,7 +514,7 @@ class Qcow2Node(Node):
                 continue
             slice_ = await self._own_slice(cluster)
             entries, file_end = slice_.data, self._file.size
-            first = cluster & (1 << self._slice_bits) - 1
+            first = cluster & self._slice_mask
             count = min(stop - cluster, (1 << self._slice_bits) - first)
             for at in range(count):
                 entry = entries[first + at]

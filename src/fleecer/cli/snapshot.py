@@ -1,0 +1,114 @@
+"""`fleecer snapshot`: create, list and delete."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from typing import Any
+
+import click
+
+from fleecer.cli import disks
+from fleecer.cli.options import connect, daemon_options, json_option
+from fleecer.cli.output import age, print_json, print_table
+from fleecer.units import format_size
+
+
+@click.group(no_args_is_help=False, short_help="Instant copies of served disks.")
+def snapshot() -> None:
+    """Instant, exact, read-only copies of served disks, read over NBD while the disks are written.
+
+    \b
+    fleecer snapshot create web data
+    fleecer snapshot list
+    fleecer snapshot delete 20300101T120000Z
+    """
+
+
+@snapshot.command(short_help="Take a snapshot, all disks at one instant.")
+@click.argument("names", nargs=-1, metavar="[DISK]...")
+@click.option("--name", help="The snapshot's name [default: the time, in UTC].")
+@click.option("--scratch-dir", metavar="DIR", help="Where overwritten data is kept [default: beside each image].")
+@click.option(
+    "--cbw-timeout", type=float, metavar="SECONDS", help="How long a write may wait for a copy [default: 15]."
+)
+@click.option(
+    "--on-cbw-error",
+    type=click.Choice(["break-snapshot", "break-guest-write"]),
+    help="What gives way when old data cannot be kept [default: break-snapshot].",
+)
+@json_option
+@daemon_options
+def create(
+    names: tuple[str, ...],
+    name: str | None,
+    scratch_dir: str | None,
+    cbw_timeout: float | None,
+    on_cbw_error: str | None,
+    as_json: bool,
+    run_dir: str | None,
+    qmp: str | None,
+) -> None:
+    """Take a snapshot of the disks named (default: all) at one instant, and print an NBD URI per disk.
+
+    \b
+    nbdcopy "$(fleecer snapshot create web)" web-copy.raw
+    """
+    chosen: dict[str, Any] = {
+        "disks": list(names) or None,
+        "name": name,
+        "scratch-dir": os.path.abspath(scratch_dir) if scratch_dir is not None else None,
+        "cbw-timeout": cbw_timeout,
+        "on-cbw-error": on_cbw_error,
+    }
+    with connect(run_dir, qmp) as client:
+        client.need_fleecer("take a snapshot")
+        arguments = {key: value for key, value in chosen.items() if value is not None}
+        taken = client.execute("snapshot-create", arguments)
+        record = disks.snapshot_record(taken, client.execute("query-nbd-server"))
+    if as_json:
+        print_json(record)
+        return
+    for disk in record["disks"]:
+        click.echo(disk["uri"])
+
+
+@snapshot.command("list", short_help="List the snapshots there are.")
+@json_option
+@daemon_options
+def list_(as_json: bool, run_dir: str | None, qmp: str | None) -> None:
+    """List snapshots: name, disk, age, old data preserved so far, state, and the cause where one is broken."""
+    with connect(run_dir, qmp) as client:
+        client.need_fleecer("take snapshots")
+        found = client.execute("query-snapshots")
+        addresses = client.execute("query-nbd-server")
+    if as_json:
+        print_json({"snapshots": [disks.snapshot_record(taken, addresses, detailed=True) for taken in found]})
+        return
+    now = datetime.datetime.now(datetime.UTC)
+    rows = [
+        (
+            taken["name"],
+            part["name"],
+            age(taken["created"], now),
+            format_size(part["bytes-preserved"]),
+            part["state"] + (f": {part['cause']}" if "cause" in part else ""),
+        )
+        for taken in found
+        for part in taken["disks"]
+    ]
+    print_table(("NAME", "DISK", "AGE", "PRESERVED", "STATE"), rows)
+
+
+@snapshot.command(short_help="Delete snapshots.")
+@click.argument("names", nargs=-1, required=True, metavar="NAME...")
+@json_option
+@daemon_options
+def delete(names: tuple[str, ...], as_json: bool, run_dir: str | None, qmp: str | None) -> None:
+    """Delete snapshots: their readers' requests in flight end, then they are disconnected, and the scratch is freed."""
+    with connect(run_dir, qmp) as client:
+        client.need_fleecer("take snapshots")
+        for name in names:
+            client.execute("snapshot-delete", {"name": name})
+    if as_json:
+        print_json({"deleted": list(names)})
