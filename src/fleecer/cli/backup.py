@@ -70,7 +70,7 @@ def _copy(taken: dict[str, Any], socket_path: str, directory: str, as_json: bool
             records.append(
                 {
                     "name": name,
-                    "path": done.path,
+                    "path": os.path.abspath(done.path),
                     "kind": "full",
                     "bytes_read": done.bytes_read,
                     "bytes_written": done.bytes_written,

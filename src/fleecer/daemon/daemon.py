@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import types
-from collections.abc import Awaitable, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from typing import Literal, Self
 
 from fleecer.block import options as opt
@@ -21,7 +21,7 @@ from fleecer.daemon.events import Events
 from fleecer.daemon.snapshots import Snapshots
 from fleecer.errors import FleecerError, UsageError, quoted
 from fleecer.export import Export, Server
-from fleecer.jobs import JobTable
+from fleecer.jobs import BackupJob, BackupRequest, JobTable, start_backups
 
 Format = Literal["raw", "qcow2"]
 
@@ -83,6 +83,18 @@ class Daemon:
         except FleecerError:
             await self.graph.remove(name)
             raise
+
+    async def open(self, options: Mapping[str, object] | opt.BlockdevOptions) -> Node:
+        """Opens a node from the options of `blockdev-add`: a mapping as in JSON, or typed. It needs a "node-name".
+
+        Raises UsageError that names the option at fault, or what kept the node from being opened; nothing is left then.
+        """
+        typed = opt.parse_options(options) if isinstance(options, Mapping) else options
+        return await self.opener.add(typed)
+
+    async def start_backups(self, requests: Sequence[BackupRequest]) -> list[BackupJob]:
+        """Starts backup jobs, all of the same instant, or none; see fleecer.jobs.backup."""
+        return await start_backups(self.graph, self.jobs, requests, self.events.announce)
 
     def export(
         self, node: Node, name: str, *, export_id: str | None = None, writable: bool = False, description: str = ""

@@ -19,7 +19,7 @@ from fleecer.block.nodes.file import FileNode
 from fleecer.daemon import Daemon, SnapshotPart, SnapshotSet
 from fleecer.errors import UsageError, quoted
 from fleecer.export import Export
-from fleecer.jobs import BackupRequest, Job, start_backups
+from fleecer.jobs import BackupRequest, Job
 from fleecer.monitor.registry import COMMANDS, Context, command
 
 Result = dict[str, Any]
@@ -252,8 +252,7 @@ def _backup_request(daemon: Daemon, options: BlockdevBackup) -> BackupRequest:
 
 async def _start(context: Context, options: list[BlockdevBackup]) -> None:
     daemon = context.daemon
-    requests = [_backup_request(daemon, one) for one in options]
-    await start_backups(daemon.graph, daemon.jobs, requests, daemon.events.announce)
+    await daemon.start_backups([_backup_request(daemon, one) for one in options])
 
 
 @command

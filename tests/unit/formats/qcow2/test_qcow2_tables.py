@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import tracemalloc
 import zlib
 from array import array
@@ -10,8 +11,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+if sys.version_info >= (3, 14):
+    from compression import zstd
+else:
+    from backports import zstd
+
 from fleecer.errors import CorruptImage
-from fleecer.formats.qcow2.compressed import unpack_cluster, zstd
+from fleecer.formats.qcow2.compressed import unpack_cluster
 from fleecer.formats.qcow2.header import COMPRESSION_DEFLATE, COMPRESSION_ZSTD, Header
 from fleecer.formats.qcow2.refcounts import RefcountWidth, References, lay_out_refcounts
 from fleecer.formats.qcow2.tables import (
@@ -214,7 +220,7 @@ def test_a_bomb_takes_no_more_memory_than_a_cluster_or_two(kind: int) -> None:
 
 
 def test_a_zstd_window_larger_than_any_cluster_is_refused() -> None:
-    options = {zstd.CompressionParameter.window_log: 27, zstd.CompressionParameter.content_size_flag: 0}
+    options: dict[int, int] = {zstd.CompressionParameter.window_log: 27, zstd.CompressionParameter.content_size_flag: 0}
     packer = zstd.ZstdCompressor(options=options)
     data = packer.compress(bytes(1000)) + packer.flush()
     with pytest.raises(CorruptImage, match="cannot be unpacked"):
