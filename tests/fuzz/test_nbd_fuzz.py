@@ -12,9 +12,9 @@ from collections.abc import Callable
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from tests.nbd_world import HELLO, Receiving, Shelf, entering, feed, info_option, meta_option, option, request, sent
 
 from fleecer.errors import FleecerError, LocalProtocolError
-from fleecer.testing.nbd import HELLO, Receiving, Shelf, entering, feed, info_option, meta_option, option, request, sent
 from fleecer.units import MiB
 from fleecer.wire.nbd import ClientCodec, ExportInfo, Reply, Request, ServerCodec
 from fleecer.wire.nbd import constants as nbd

@@ -55,6 +55,12 @@ async def sound_image(seed: int = 0) -> bytes:
     return bytes(data)
 
 
+def one_line(error: FleecerError) -> str:
+    """The error's text, which must be one line."""
+    assert "\n" not in str(error)
+    return str(error)
+
+
 async def used(data: bytes, seed: int = 0) -> str:
     """Uses an image in every way; returns what came of opening it. Raises whatever is no FleecerError."""
     outcome = "opened"
@@ -63,8 +69,7 @@ async def used(data: bytes, seed: int = 0) -> str:
         try:
             node = await open_image(storage, read_only=read_only, l2_cache_bytes=1 * MiB)
         except FleecerError as error:
-            assert "\n" not in str(error)
-            outcome = str(error)
+            outcome = one_line(error)
             continue
         edge = guest(node)
         generator = random.Random(seed)
@@ -82,11 +87,11 @@ async def used(data: bytes, seed: int = 0) -> str:
         try:
             await node.close()
         except FleecerError as error:
-            assert "\n" not in str(error)
+            one_line(error)
     try:
         await checked(MemoryStorage(data, name="image"))
     except FleecerError as error:
-        assert "\n" not in str(error)
+        one_line(error)
     return outcome
 
 

@@ -14,7 +14,7 @@ from tests.qcow2_world import Model, checked, guest, new_image, open_image, qemu
 
 from fleecer.formats.qcow2.header import AUTOCLEAR_FIELD, INCOMPATIBLE_FIELD
 from fleecer.formats.qcow2.tables import OFFSET_MASK
-from fleecer.testing.memory import MemoryStorage
+from fleecer.testing.memory import MemoryStorage, random_turns
 
 pytestmark = pytest.mark.peer
 
@@ -38,12 +38,12 @@ def loaded(path: Path) -> MemoryStorage:
 
 def compressible(seed: int, size: int) -> bytes:
     generator = random.Random(seed)
-    pieces = []
-    while sum(map(len, pieces)) < size:
+    content = bytearray()
+    while len(content) < size:
         kind = generator.random()
         length = generator.randint(100, 9000)
-        pieces.append(bytes(length) if kind < 0.2 else generator.randbytes(length // 20 + 1) * 20)
-    return b"".join(pieces)[:size]
+        content += bytes(length) if kind < 0.2 else generator.randbytes(length // 20 + 1) * 20
+    return bytes(content[:size])
 
 
 @pytest.mark.parametrize(
@@ -93,10 +93,16 @@ async def test_a_compressed_image_is_read_and_overwritten(kind: str, cluster_siz
     node = await open_image(storage)
     model = Model(content, cluster_size)
     await model.compare(guest(node))
-    for _ in range(30):
+    for _ in range(15):
         await model.round(guest(node), 6, 3 * cluster_size)
+    await node.close()
+    storage.pause = random_turns(cluster_size, 2)
+    node = await open_image(storage, l2_cache_bytes=8192, refcount_cache_bytes=8192)
+    for _ in range(15):
+        await model.round(guest(node), 8, 3 * cluster_size)
     await model.compare(guest(node))
     await node.close()
+    storage.pause = None
     report = await checked(storage)
     assert (report.corruptions, report.leaks) == (0, 0), report.messages
     assert qemu_check(storage.data, tmp_path) == (0, 0)

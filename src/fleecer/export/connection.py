@@ -19,6 +19,7 @@ from fleecer import eager
 from fleecer.errors import FleecerError, IoError, told
 from fleecer.export.export import Export
 from fleecer.net.stream import Stream
+from fleecer.ranges import is_zero
 from fleecer.units import MiB
 from fleecer.wire.nbd import Request, ServerCodec
 from fleecer.wire.nbd.constants import CMD_BLOCK_STATUS, CMD_READ
@@ -160,8 +161,11 @@ class Connection:
             if request.command == CMD_READ:
                 data = await export.execute(request) if request.length else b""
                 assert data is not None
-                codec.reply_read(request, data)
-                self._ready_bytes += request.length
+                if codec.may_send_hole(request) and is_zero(data):
+                    codec.reply_read_hole(request)  # zeroes cost more to send than to find out
+                else:
+                    codec.reply_read(request, data)
+                    self._ready_bytes += request.length
             elif request.command == CMD_BLOCK_STATUS:
                 answers = [(context, await export.status(request, context)) for context in codec.contexts]
                 codec.reply_status(request, answers)

@@ -213,7 +213,8 @@ async def test_an_aligned_write_is_not_undone_by_a_padded_neighbour(seed: int) -
     assert is_zero(node.data[4101:4608])
 
 
-async def test_a_discard_waits_for_the_padded_write_that_has_read_its_unit() -> None:
+@pytest.mark.parametrize("operation", ["discard", "zero"])
+async def test_a_unit_that_a_padded_write_has_read_is_not_emptied_before_it_is_written(operation: str) -> None:
     """Else the write would bring back what a reader has already seen gone."""
     reading, go_on = asyncio.Event(), asyncio.Event()
 
@@ -225,13 +226,13 @@ async def test_a_discard_waits_for_the_padded_write_that_has_read_its_unit() -> 
     edge = edge_to(node)
     write = asyncio.create_task(edge.pwrite(10, b"n"))
     await reading.wait()
-    discard = asyncio.create_task(edge.discard(0, 512))
+    emptying = asyncio.create_task(edge.discard(0, 512) if operation == "discard" else edge.zero(0, 512))
     for _ in range(5):
         await asyncio.sleep(0)
     assert node.seen == [("read", 0, 512)]
     go_on.set()
-    await asyncio.gather(write, discard)
-    assert [operation for operation, _, _ in node.seen] == ["read", "write", "discard"]
+    await asyncio.gather(write, emptying)
+    assert [seen for seen, _, _ in node.seen] == ["read", "write", operation]
     assert is_zero(node.data[:512])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import collections
 import gc
 import os
 import threading
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import uvloop
 
+from fleecer.storage import pool as pool_module
 from fleecer.storage.pool import Lane, Pool, running_pool
 
 
@@ -131,6 +133,37 @@ async def test_results_that_gather_while_the_loop_is_busy_wake_it_once(pool: Poo
     os.eventfd_write(pool._bell.fd, rings)
     assert rings < 20, "each thread rang for itself"
     assert await asyncio.gather(*futures) == list(range(20))
+
+
+async def test_a_result_that_comes_as_the_loop_has_just_looked_is_not_left_lying(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    rang, go_on = threading.Event(), threading.Event()
+
+    class Bell(pool_module._Bell):
+        def ring(self) -> None:
+            super().ring()
+            rang.set()
+
+    class Outcomes(collections.deque[Any]):
+        """Lets the second result in at the very moment when the loop has found no more."""
+
+        def __bool__(self) -> bool:
+            if not len(self) and not go_on.is_set():
+                rang.clear()
+                go_on.set()
+                assert rang.wait(60)
+                return False
+            return len(self) > 0
+
+    monkeypatch.setattr(pool_module, "_Bell", Bell)
+    pool = Pool()
+    pool._outcomes = Outcomes()
+    late = pool.submit(Lane(), go_on.wait, 60)
+    first = pool.submit(Lane(), abs, -1)
+    done, _ = await asyncio.wait({first, late}, timeout=20)
+    assert done == {first, late}, "the loop was not woken for the second result"
+    await pool.close()
 
 
 async def stress(pool: Pool) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from array import array
+from collections.abc import Callable
 from typing import NamedTuple
 
 from fleecer.errors import CorruptImage
@@ -78,14 +79,14 @@ class _Walk:
         if length:
             self.refer(offset >> bits, ((offset + length - 1) >> bits) - (offset >> bits) + 1, 1, what)
 
-    def entries(self, offset: int, count: int) -> Steps[list[tuple[int, int]]]:
-        """(index, entry) of the entries of a table that are not 0."""
-        found: list[tuple[int, int]] = []
+    def each_entry(self, offset: int, count: int, see: Callable[[int, int], None]) -> Steps[None]:
+        """Calls `see(index, entry)` for each entry of a table that is not 0."""
         step = MiB // 8
         for start in range(0, count, step):
             data = yield Read(offset + start * 8, min(step, count - start) * 8)
-            found.extend((start + at, entry) for at, entry in enumerate(decode_table(data)) if entry)
-        return found
+            for at, entry in enumerate(decode_table(data), start):
+                if entry:
+                    see(at, entry)
 
     def count(self) -> Steps[None]:
         """Counts every reference but those that the refcount structure makes."""
@@ -112,8 +113,7 @@ class _Walk:
             yield from self._count_l2(offset, self.tables[offset])
 
     def _count_l1(self, offset: int, size: int, what: str) -> Steps[None]:
-        self.refer_bytes(offset, size * 8, what)
-        for index, entry in (yield from self.entries(offset, size)):
+        def see(index: int, entry: int) -> None:
             try:
                 table = self.mapping.table_offset(entry, index, self.file_size)
             except CorruptImage as error:
@@ -121,14 +121,19 @@ class _Walk:
             else:
                 self.tables[table] = self.tables.get(table, 0) + 1
 
-    def _count_bitmap(self, offset: int, size: int, what: str) -> Steps[None]:
         self.refer_bytes(offset, size * 8, what)
-        for index, entry in (yield from self.entries(offset, size)):
+        yield from self.each_entry(offset, size, see)
+
+    def _count_bitmap(self, offset: int, size: int, what: str) -> Steps[None]:
+        def see(index: int, entry: int) -> None:
             host = entry & OFFSET_MASK
             if entry & ~(OFFSET_MASK & -self.header.cluster_size | (not host)):
                 self.report.corrupt(f"{what}: table entry {index} is {entry:#018x}: misaligned or reserved bits set")
             elif host:
                 self.refer(host >> self.header.cluster_bits, 1, 1, what)
+
+        self.refer_bytes(offset, size * 8, what)
+        yield from self.each_entry(offset, size, see)
 
     def _count_l2(self, offset: int, weight: int) -> Steps[None]:
         what = f"L2 table at {offset}"
@@ -151,12 +156,19 @@ class _Walk:
         length = header.refcount_table_clusters << header.cluster_bits
         self.refer_bytes(header.refcount_table_offset, length, "the refcount table")
         blocks: dict[int, int] = {}
-        for number, offset in (yield from self.entries(header.refcount_table_offset, length >> 3)):
+        seen: set[int] = set()
+
+        def see(number: int, offset: int) -> None:
             if offset % header.cluster_size or offset >= self.file_size:
                 self.report.corrupt(f"refcount table entry {number} is {offset}: misaligned or past the file's end")
+            elif offset in seen:
+                self.report.corrupt(f"refcount table entry {number} is {offset}, the block of another entry")
             else:
                 self.refer(offset >> header.cluster_bits, 1, 1, f"refcount table entry {number}")
+                seen.add(offset)
                 blocks[number] = offset
+
+        yield from self.each_entry(header.refcount_table_offset, length >> 3, see)
         return blocks
 
     def compare(self, blocks: dict[int, int]) -> Steps[None]:

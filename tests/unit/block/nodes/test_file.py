@@ -100,7 +100,8 @@ async def test_zero_and_discard_keep_overlapping_requests_waiting(change: str) -
     await turns(4)
     overlapping = asyncio.create_task(node.pwrite(4096, b"n" * 100))
     assert is_zero(await node.pread(0, 4096))
-    await asyncio.gather(running, overlapping)
+    assert running.done(), "the read did not wait"
+    await overlapping
     assert storage.data[4096:4196] == b"n" * 100
 
 

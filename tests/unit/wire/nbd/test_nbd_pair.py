@@ -5,9 +5,9 @@ from __future__ import annotations
 import errno
 
 import pytest
+from tests.nbd_world import ConnectionPair, Shelf, feed, sent
 
 from fleecer.ranges import is_zero, zeroes
-from fleecer.testing.nbd import ConnectionPair, Shelf, feed, sent
 from fleecer.units import KiB, MiB
 from fleecer.wire.nbd import ClientCodec, ExportInfo, ExportUnknown, Reply, Request, ServerCodec
 from fleecer.wire.nbd import constants as nbd

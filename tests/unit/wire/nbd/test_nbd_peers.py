@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from tests.nbd_world import Shelf, sent
 
 from fleecer.ranges import is_zero
-from fleecer.testing.nbd import Shelf, sent
 from fleecer.units import KiB, MiB
 from fleecer.wire.nbd import ClientCodec, ExportInfo, ExportUnknown, Reply, Request, ServerCodec
 from fleecer.wire.nbd import constants as nbd

@@ -6,9 +6,9 @@ import errno
 import tracemalloc
 
 import pytest
+from tests.nbd_world import HELLO, Shelf, entering, feed, info_option, option, option_replies, request, sent
 
 from fleecer.errors import RemoteProtocolError
-from fleecer.testing.nbd import HELLO, Shelf, entering, feed, info_option, option, option_replies, request, sent
 from fleecer.units import KiB, MiB
 from fleecer.wire.nbd import ExportInfo, ServerCodec
 from fleecer.wire.nbd import constants as nbd
