@@ -9,7 +9,7 @@ import contextlib
 import errno
 import os
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal, TypeVar
+from typing import Literal, TypeVar
 
 import msgspec
 

@@ -140,6 +140,7 @@ class Daemon:
             self.jobs.cancel_all(),
             self.snapshots.delete_all(),
             *(self.remove_export(export_id) for export_id in exports),
+            *(node.flush() for node in self.graph.nodes() if not node.read_only),
             self.graph.close(),
         ]
         for step in steps:

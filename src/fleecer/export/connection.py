@@ -161,7 +161,7 @@ class Connection:
             if request.command == CMD_READ:
                 data = await export.execute(request) if request.length else b""
                 assert data is not None
-                if codec.may_send_hole(request) and is_zero(data):
+                if is_zero(data) and codec.may_send_hole(request):
                     codec.reply_read_hole(request)  # zeroes cost more to send than to find out
                 else:
                     codec.reply_read(request, data)

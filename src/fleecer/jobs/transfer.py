@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import NamedTuple
 
 from fleecer.block.edge import Edge
@@ -119,7 +119,7 @@ async def _measure(source: Edge) -> int:
     return sum([run.end - run.start async for run in _runs(source, source.size) if not run.zero])
 
 
-async def _runs(edge: Edge, size: int) -> AsyncIterator[_Run]:
+async def _runs(edge: Edge, size: int) -> AsyncGenerator[_Run, None]:
     """The node's block status from 0 to `size`."""
     offset = 0
     while offset < size:
@@ -128,7 +128,7 @@ async def _runs(edge: Edge, size: int) -> AsyncIterator[_Run]:
             offset += extent.length
 
 
-async def _copy_steps(source: Edge, target_is_zero: bool) -> AsyncIterator[_Run]:
+async def _copy_steps(source: Edge, target_is_zero: bool) -> AsyncGenerator[_Run, None]:
     async for run in _runs(source, source.size):
         if not run.zero:
             for step in _cut(run, STEP_BYTES):
@@ -138,7 +138,7 @@ async def _copy_steps(source: Edge, target_is_zero: bool) -> AsyncIterator[_Run]
                 yield step
 
 
-async def _compare_steps(left: Edge, right: Edge) -> AsyncIterator[_Run]:
+async def _compare_steps(left: Edge, right: Edge) -> AsyncGenerator[_Run, None]:
     """Steps over everything that is not zero on both sides."""
     size = left.size
     if not size:

@@ -173,7 +173,10 @@ class _Session:
         self._queue.clear()
         if self._task is not None:
             await asyncio.shield(self._task)
-        self._stream.close()
+        if self._stream.queued_bytes:
+            self._stream.abort()  # the client does not read; nobody waits for it
+        else:
+            self._stream.close()
         await asyncio.shield(self._ended)
 
     async def _end(self) -> None:

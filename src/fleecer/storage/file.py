@@ -53,30 +53,39 @@ class InlineWrites:
     """Whether the next write may run on the event loop.
 
     A buffered write is a copy into the page cache, some microseconds, unless the kernel holds the writer back: too many
-    dirty pages, a page that must be read first, a journal that commits. There is no way to ask beforehand. So a write
-    that took longer than SLOW_S sends those of the next second to the pool; while trials go on to be slow, that pause
-    doubles up to PAUSE_MAX_S. One slow write in sixteen seconds is the worst that a slow disk does to the loop.
+    dirty pages, a page that must be read first, a journal that commits. There is no way to ask beforehand, so writes
+    are timed. One that took more than SLOW_S may only have lost the processor to another process; two among
+    RECENT_WRITES, or one of more than STALL_S, send the writes of the next PAUSE_MIN_S to the pool. While trials go on
+    to be slow the pause doubles, up to PAUSE_MAX_S.
     """
 
     SLOW_S = 0.002
+    STALL_S = 0.05
+    RECENT_WRITES = 8
     PAUSE_MIN_S = 1.0
     PAUSE_MAX_S = 16.0
 
-    __slots__ = ("clock", "pause_s", "resume_at_s")
+    __slots__ = ("clock", "pause_s", "quick_to_go", "resume_at_s")
 
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self.clock = clock
         self.resume_at_s = clock()
         self.pause_s = self.PAUSE_MIN_S
+        # Quick writes until the last slow one is forgotten.
+        self.quick_to_go = 0
 
     def ended(self, begun_s: float) -> None:
         """Learns from an inline write that began at `begun_s` and has just ended."""
-        now = self.clock()
-        if now - begun_s > self.SLOW_S:
-            self.resume_at_s = now + self.pause_s
-            self.pause_s = min(2 * self.pause_s, self.PAUSE_MAX_S)
-        else:
-            self.pause_s = self.PAUSE_MIN_S
+        now_s = self.clock()
+        if now_s - begun_s > self.SLOW_S:
+            if self.quick_to_go or now_s - begun_s > self.STALL_S:
+                self.resume_at_s = now_s + self.pause_s
+                self.pause_s = min(2 * self.pause_s, self.PAUSE_MAX_S)
+            self.quick_to_go = self.RECENT_WRITES
+        elif self.quick_to_go:
+            self.quick_to_go -= 1
+            if not self.quick_to_go:
+                self.pause_s = self.PAUSE_MIN_S
 
 
 class FileStorage:

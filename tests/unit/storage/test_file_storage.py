@@ -378,11 +378,12 @@ class Clock:
         return self.now_s
 
 
-async def test_a_slow_write_sends_those_that_follow_to_the_pool_for_a_while(storage: FileStorage) -> None:
+async def test_slow_writes_send_those_that_follow_to_the_pool_for_a_while(storage: FileStorage) -> None:
     clock = Clock()
     storage._inline_writes = InlineWrites(clock)
-    assert storage.try_pwrite(0, b"x")
+    assert storage.try_pwrite(0, b"w")
     clock.step_s = InlineWrites.SLOW_S * 2
+    assert storage.try_pwrite(0, b"x"), "one slow write may be chance"
     assert storage.try_pwrite(0, b"y"), "the slow write itself is done"
     clock.step_s = 0.0
     assert not storage.try_pwrite(0, b"z")
@@ -393,19 +394,33 @@ async def test_a_slow_write_sends_those_that_follow_to_the_pool_for_a_while(stor
     assert storage.try_pwrite(0, b"z")
 
 
-def test_the_pause_doubles_while_trials_stay_slow_and_starts_anew_after_a_quick_one() -> None:
+def timed(policy: InlineWrites, clock: Clock, took_s: float) -> float:
+    """Tells the policy of a write that took so long; returns the pause that follows."""
+    begun_s = clock.now_s = max(clock.now_s, policy.resume_at_s)
+    clock.now_s += took_s
+    policy.ended(begun_s)
+    return policy.resume_at_s - clock.now_s
+
+
+def test_the_pause_doubles_while_trials_stay_slow_and_starts_anew_after_quick_ones() -> None:
     clock = Clock()
     policy = InlineWrites(clock)
-    pauses = []
-    for _ in range(7):
-        begun_s = clock.now_s = policy.resume_at_s
-        clock.now_s += 1.0
-        policy.ended(begun_s)
-        pauses.append(policy.resume_at_s - clock.now_s)
-    assert pauses == [1.0, 2.0, 4.0, 8.0, 16.0, 16.0, 16.0]
-    policy.ended(clock.now_s)
-    policy.ended(clock.now_s - 1.0)
-    assert policy.resume_at_s - clock.now_s == pytest.approx(1.0)
+    assert timed(policy, clock, 0.01) <= 0
+    assert [timed(policy, clock, 0.01) for _ in range(7)] == pytest.approx([1, 2, 4, 8, 16, 16, 16])
+    for _ in range(InlineWrites.RECENT_WRITES - 1):
+        assert timed(policy, clock, 0.0001) <= 0
+    assert timed(policy, clock, 0.01) == pytest.approx(16)
+    for _ in range(InlineWrites.RECENT_WRITES):
+        assert timed(policy, clock, 0.0001) <= 0
+    assert timed(policy, clock, 0.01) <= 0, "the slow ones are forgotten"
+    assert timed(policy, clock, 0.01) == pytest.approx(1)
+
+
+def test_one_long_stall_is_enough_for_a_pause() -> None:
+    clock = Clock()
+    policy = InlineWrites(clock)
+    assert timed(policy, clock, InlineWrites.STALL_S * 0.9) <= 0
+    assert timed(InlineWrites(clock), clock, InlineWrites.STALL_S * 1.1) == pytest.approx(1)
 
 
 async def test_long_writes_go_to_the_pool(storage: FileStorage) -> None:
