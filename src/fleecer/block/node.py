@@ -4,7 +4,8 @@ A node is a source or a transformer of bytes: a file, a format over a file, a fi
 hold an `Edge` (edge.py), which checks the range, the permission and the gate; a node may therefore assert them.
 
 Invariants that every node keeps:
-- Offsets and lengths are bytes, 0 <= offset, 0 < length, offset + length <= size (writes to a growable node may pass it).
+- Offsets and lengths are bytes, 0 <= offset, 0 < length, offset + length <= size rounded up to the node's alignment
+  (writes to a growable node may pass that).
 - What `pread` returns is private: no later write changes it, and the node keeps no reference to it.
 - What `pwrite` is given is not changed by the caller until the call returns, and not kept after it.
 - When an operation returns, its effect is visible to every later operation; it is durable only after a later `flush`.

@@ -1,10 +1,12 @@
 """One NBD client's connection: bytes in, requests run to completion where they need not wait, replies out.
 
 Invariants:
-- Every request gets exactly one final reply. A request that ends without one is answered EIO, and raises in tests.
+- Every request gets exactly one final reply. One that ends without it, or with an answer that does not fit it, is
+  answered EIO and logged as a bug; with `Server.raise_internal_errors` the loop's exception handler hears of it.
 - Replies made in one turn leave in one send. No request spans a send: a client that does not read holds no claim.
 - Memory is bounded: no request starts while `IN_FLIGHT_BYTES_MAX` bytes are in flight, or `QUEUED_BYTES_MAX` unsent.
 - A connection that ends waits for its requests in flight; their replies are dropped, their effects are not.
+- A client that does not read delays nobody else, nor the end of its own connection by more than `STOP_GRACE_S`.
 """
 
 from __future__ import annotations
@@ -16,13 +18,13 @@ import logging
 from typing import TYPE_CHECKING
 
 from fleecer import eager
-from fleecer.errors import FleecerError, IoError, told
+from fleecer.errors import FleecerError, IoError, LocalProtocolError, told
 from fleecer.export.export import Export
 from fleecer.net.stream import Stream
 from fleecer.ranges import is_zero
 from fleecer.units import MiB
 from fleecer.wire.nbd import Request, ServerCodec
-from fleecer.wire.nbd.constants import CMD_BLOCK_STATUS, CMD_READ
+from fleecer.wire.nbd.constants import CMD_BLOCK_STATUS, CMD_READ, EXTENT
 
 if TYPE_CHECKING:
     from fleecer.export.server import Server
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 IN_FLIGHT_MAX = 256
 IN_FLIGHT_BYTES_MAX = 32 * MiB
 QUEUED_BYTES_MAX = 8 * MiB
+STOP_GRACE_S = 1.0
+"""How long a client that is sent away has to read its last replies."""
 _SEND_AT_BYTES = 1 * MiB  # replies gathered before they are sent although more requests are at hand
 
 _log = logging.getLogger(__name__)
@@ -48,7 +52,6 @@ class Connection:
         self._in_flight = 0  # started, and not ended at once
         self._in_flight_bytes = 0
         self._ready_bytes = 0  # replies in the codec's `outgoing`
-        self._running = False
         self._refusing = False  # we are going: new requests get ESHUTDOWN
         self._finishing = False  # nothing more is read; the stream is closed once all that was asked is answered
         self._gone = False  # the stream has ended
@@ -93,14 +96,12 @@ class Connection:
 
     def _run(self, requests: list[Request]) -> None:
         """Starts each request; one that need not wait has been answered when its turn ends."""
-        self._running = True
         for index, request in enumerate(requests):
             if self._in_flight_bytes > IN_FLIGHT_BYTES_MAX or self._in_flight >= IN_FLIGHT_MAX or self._held_up():
                 self._waiting.extend(requests[index:])
                 self.stream.pause()
                 break
             self._start(request)
-        self._running = False
 
     def _held_up(self) -> bool:
         """Whether the client has too many replies to read before it gets more; sends those that are ready."""
@@ -109,15 +110,23 @@ class Connection:
         return self.stream.queued_bytes > QUEUED_BYTES_MAX
 
     def _start(self, request: Request) -> None:
-        task = eager.start(self._answer(request))
+        try:
+            task = eager.start(self._answer(request))
+        except Exception as error:  # noqa: BLE001 - only a bug comes this far, and the other requests go on
+            self._report(error)
+            return
         if task is not None:
             self._in_flight += 1
             self._in_flight_bytes += request.length if request.command == CMD_READ else len(request.data)
-            task.add_done_callback(lambda _: self._ended_late(request))
+            task.add_done_callback(lambda ended: self._ended_late(request, ended))
 
-    def _ended_late(self, request: Request) -> None:
+    def _ended_late(self, request: Request, task: asyncio.Task[None]) -> None:
         self._in_flight -= 1
         self._in_flight_bytes -= request.length if request.command == CMD_READ else len(request.data)
+        if task.cancelled():
+            self._refuse(request, errno.EIO, "the request was given up")
+        elif (error := task.exception()) is not None:
+            self._report(error)
         if not self._send_due:  # all that end in this turn of the loop leave in one send
             self._send_due = True
             asyncio.get_running_loop().call_soon(self._send_and_go_on)
@@ -128,7 +137,7 @@ class Connection:
         self._go_on()
 
     def _go_on(self) -> None:
-        if self._waiting and not self._running:
+        if self._waiting:
             requests = list(self._waiting)
             self._waiting.clear()
             self._run(requests)
@@ -139,10 +148,12 @@ class Connection:
 
     def _settle(self) -> None:
         """Once nothing is left to do: tells who waits for it, and closes if it is time."""
-        if self._in_flight or self._waiting:
+        if self._in_flight:
             return
         if self._idle is not None and not self._idle.done():
             self._idle.set_result(None)
+        if self._waiting:
+            return
         if self._gone:
             self._end()
         elif self._finishing:
@@ -161,7 +172,7 @@ class Connection:
             if request.command == CMD_READ:
                 data = await export.execute(request) if request.length else b""
                 assert data is not None
-                if is_zero(data) and codec.may_send_hole(request):
+                if codec.may_send_hole(request) and len(data) == request.length and is_zero(data):
                     codec.reply_read_hole(request)  # zeroes cost more to send than to find out
                 else:
                     codec.reply_read(request, data)
@@ -169,12 +180,14 @@ class Connection:
             elif request.command == CMD_BLOCK_STATUS:
                 answers = [(context, await export.status(request, context)) for context in codec.contexts]
                 codec.reply_status(request, answers)
+                self._ready_bytes += sum(EXTENT.size * len(extents) for _, extents in answers)
             else:
                 await export.execute(request)
                 codec.reply_done(request)
-        except FleecerError as error:
-            self._refuse(request, error.errno, told(error))
-        except Exception:
+        except Exception as error:
+            if isinstance(error, FleecerError) and not isinstance(error, LocalProtocolError):
+                self._refuse(request, error.errno, told(error))
+                return
             _log.exception("a request failed in a way it must not")
             self._refuse(request, errno.EIO, "internal error")
             if self._server.raise_internal_errors:
@@ -183,6 +196,12 @@ class Connection:
     def _refuse(self, request: Request, code: int, text: str) -> None:
         if not request.answered:
             self._codec.reply_error(request, code, text)
+            self._ready_bytes += len(text)
+
+    def _report(self, error: BaseException) -> None:
+        """Tells of a bug that a request ran into, where a test can see it."""
+        context = {"message": "a request failed in a way it must not", "exception": error}
+        asyncio.get_running_loop().call_exception_handler(context)
 
     def _send(self) -> None:
         outgoing = self._codec.outgoing
@@ -203,16 +222,19 @@ class Connection:
 
     async def stop(self) -> None:
         """Refuses new requests, ends those in flight, answers them, and closes. Returns when that is done."""
-        self._refusing = self._finishing = True
-        self._codec.refuse_options = True
-        self.stream.pause()
-        self._go_on()
-        if self._in_flight or self._waiting:
+        self._refusing = self._codec.refuse_options = True
+        waiting, self._waiting = self._waiting, collections.deque()
+        for request in waiting:
+            self._start(request)
+        self._send_and_go_on()
+        if self._in_flight:
             self._idle = self._idle or asyncio.get_running_loop().create_future()
             await asyncio.shield(self._idle)
-        if self.stream.queued_bytes:
-            self.stream.abort()  # the client does not read; nobody waits for it
+        self._waiting.clear()
+        self._finish()
+        given_up = asyncio.get_running_loop().call_later(STOP_GRACE_S, self.stream.abort)
         await asyncio.shield(self.ended)
+        given_up.cancel()
 
     def drop(self) -> None:
         """Closes at once; requests in flight end unheard."""

@@ -110,7 +110,7 @@ class Export:
             self.bytes_read += request.length
             return await edge.pread(request.offset, request.length)
         fua = flags & CMD_FLAG_FUA != 0
-        if command == CMD_WRITE:
+        if command == CMD_WRITE and request.length:
             self.writes += 1
             self.bytes_written += request.length
             await edge.pwrite(request.offset, request.data, fua)
@@ -142,8 +142,8 @@ class Export:
         offset, end = request.offset, request.offset + request.length
         one_only = bool(request.flags & CMD_FLAG_REQ_ONE)
         extents: list[Extent] = []
-        while offset < end and len(extents) < STATUS_EXTENTS_MAX:
-            for extent in await source(offset, end - offset):
+        while offset < end and len(extents) < STATUS_EXTENTS_MAX and (found := await source(offset, end - offset)):
+            for extent in found:
                 offset += extent.length
                 if extents and extents[-1].flags == extent.flags:
                     extents[-1] = Extent(extents[-1].length + extent.length, extent.flags)

@@ -52,7 +52,8 @@ class _Catalogue:
 class Server:
     """All NBD serving of one daemon. Its parts are added and removed while it runs.
 
-    `raise_internal_errors` makes a bug in answering a request raise in its task besides being answered EIO: for tests.
+    `raise_internal_errors` gives a bug in answering a request to the loop's exception handler, besides the answer EIO:
+    for tests.
     """
 
     def __init__(self, *, connections_max: int = CONNECTIONS_MAX, raise_internal_errors: bool = False) -> None:

@@ -161,8 +161,9 @@ async def test_a_result_that_comes_as_the_loop_has_just_looked_is_not_left_lying
     pool._outcomes = Outcomes()
     late = pool.submit(Lane(), go_on.wait, 60)
     first = pool.submit(Lane(), abs, -1)
-    done, _ = await asyncio.wait({first, late}, timeout=20)
-    assert done == {first, late}, "the loop was not woken for the second result"
+    both: set[asyncio.Future[Any]] = {first, late}
+    done, _ = await asyncio.wait(both, timeout=20)
+    assert done == both, "the loop was not woken for the second result"
     await pool.close()
 
 

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import random
 import struct
+from array import array
 from collections.abc import Awaitable
 from typing import Any
 
@@ -21,7 +22,7 @@ from fleecer.formats.qcow2.header import AUTOCLEAR_FIELD, CORRUPT, DIRTY, INCOMP
 from fleecer.formats.qcow2.tables import COPIED, OFFSET_MASK, ZERO_FLAG
 from fleecer.ranges import Buffer
 from fleecer.storage.api import StorageLimits
-from fleecer.testing.memory import FaultyStorage, MemoryStorage
+from fleecer.testing.memory import FaultyStorage, MemoryStorage, random_turns
 from fleecer.units import GiB, KiB, MiB, TiB
 
 CLUSTER = 64 * KiB
@@ -124,7 +125,8 @@ async def test_allocating_writes_to_one_cluster_wait_and_both_survive() -> None:
 
 
 @pytest.mark.parametrize("request_in_flight", ["read", "write"])
-async def test_discard_waits_for_requests_in_the_cluster(request_in_flight: str) -> None:
+@pytest.mark.parametrize("change", ["discard", "zero"])
+async def test_discard_and_zero_wait_for_requests_in_the_cluster(change: str, request_in_flight: str) -> None:
     storage = await held_image()
     node = await open_image(storage)
     edge = guest(node)
@@ -133,13 +135,74 @@ async def test_discard_waits_for_requests_in_the_cluster(request_in_flight: str)
     held: Awaitable[object] = edge.pread(0, 512) if request_in_flight == "read" else edge.pwrite(0, b"new")
     running = asyncio.ensure_future(held)
     await hold.reached.wait()
-    discard = asyncio.ensure_future(edge.discard(0, CLUSTER))
+    changing = asyncio.ensure_future(edge.discard(0, CLUSTER) if change == "discard" else edge.zero(0, CLUSTER))
     await settle()
-    assert not discard.done()
+    assert not changing.done()
     assert l2_entry(node, 0)
     hold.released.set()
-    await asyncio.gather(running, discard)
+    await asyncio.gather(running, changing)
     assert not l2_entry(node, 0)
+
+
+async def test_a_table_that_moves_while_a_reader_loads_it_is_looked_up_again() -> None:
+    storage, l2 = await image_with_data()
+    header = (await open_image(storage))._image.header
+    patched(storage, header.l1_table_offset, l2)  # not COPIED: the next write moves the table
+    node = await open_image(storage)
+    edge = guest(node)
+    load, reached, released = node._l2._read, asyncio.Event(), asyncio.Event()
+
+    async def late(offset: int) -> array[int]:
+        if offset == l2 and not released.is_set():
+            reached.set()
+            await released.wait()
+        return await load(offset)
+
+    node._l2._read = late
+    reader = asyncio.ensure_future(edge.pread(0, CLUSTER))
+    await reached.wait()
+    await edge.pwrite(CLUSTER, NEW, serialising=True)
+    await edge.flush()
+    await edge.pwrite(2 * CLUSTER, NEW)
+    assert l2_entry(node, 2) & OFFSET_MASK == l2, "the old place of the table was not used again"
+    released.set()
+    assert await reader == OLD
+
+
+async def test_a_place_that_held_a_table_before_is_not_read_as_that_table() -> None:
+    storage, l2 = await image_with_data()
+    header = (await open_image(storage))._image.header
+    patched(storage, header.l1_table_offset, l2)
+    header_size = 2 * 8192 * CLUSTER
+    struct.pack_into(">Q", storage.data, 24, header_size)  # two L2 tables: there is room in the L1 table's cluster
+    struct.pack_into(">I", storage.data, 36, 2)
+    storage.data.extend(bytes(CLUSTER))
+    node = await open_image(storage)
+    edge = guest(node)
+    assert await edge.pread(0, CLUSTER) == OLD
+    await edge.pwrite(CLUSTER, NEW)
+    await edge.flush()
+    second = 8192 * CLUSTER
+    await edge.pwrite(second + CLUSTER, NEW)
+    assert node._l1[1] & OFFSET_MASK == l2, "the old place of the table was not used again"
+    assert await edge.pread(second, 2 * CLUSTER) == bytes(CLUSTER) + NEW
+
+
+async def test_clusters_are_handed_out_once_while_the_refcount_structure_grows() -> None:
+    storage = await new_image(4 * MiB, cluster_size=512, refcount_bits=64)
+    storage.pause = random_turns(3, 2)
+    node = await open_image(storage)
+    await guest(node).pwrite(0, b"first")
+    tasks = [node._allocator.allocate(1) for _ in range(300)]
+    offsets = [run.offset for run in await asyncio.gather(*tasks)]
+    assert len(set(offsets)) == 300
+    assert not node._image.metadata.intersection(offsets)
+    for offset in offsets:
+        node._allocator.free(offset)
+    await node.close()
+    storage.pause = None
+    report = await checked(storage)
+    assert (report.corruptions, report.leaks) == (0, 0), report.messages
 
 
 async def test_readers_of_one_slice_share_one_read() -> None:

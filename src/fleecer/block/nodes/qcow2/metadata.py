@@ -31,7 +31,8 @@ class SingleFlight:
             await work()
         finally:
             del self._running[key]
-            done.set_result(None)
+            if not done.done():
+                done.set_result(None)
 
 
 class Slice(Generic[T]):
@@ -43,7 +44,7 @@ class Slice(Generic[T]):
         self.offset = offset
         self.data = data
         self.pins = 0
-        self.used = True
+        self.used = False
 
 
 class SliceCache(Generic[T]):
@@ -73,22 +74,28 @@ class SliceCache(Generic[T]):
                 slice_.used = True
                 return slice_
             loading = self._loading.get(offset)
-            if loading is None:
-                await self._load(offset)
-            else:
+            if loading is not None:
                 await loading
+                continue
+            slice_ = await self._load(offset)
+            if slice_ is not None:
+                return slice_
 
-    async def _load(self, offset: int) -> None:
+    async def _load(self, offset: int) -> Slice[T] | None:
+        """Reads a slice into the cache; None if its place got another use meanwhile."""
         done = self._loading[offset] = asyncio.get_running_loop().create_future()
         try:
             data = await self._read(offset)
-            if self._loading.get(offset) is done:
-                self._make_room()
-                self.slices[offset] = Slice(offset, data)
+            if self._loading.get(offset) is not done:
+                return None
+            self._make_room()
+            slice_ = self.slices[offset] = Slice(offset, data)
+            return slice_
         finally:
             if self._loading.get(offset) is done:
                 del self._loading[offset]
-            done.set_result(None)
+            if not done.done():
+                done.set_result(None)
 
     def _make_room(self) -> None:
         slices = self.slices

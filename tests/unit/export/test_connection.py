@@ -1,0 +1,592 @@
+"""A connection: one reply to each request, nobody waits for anybody, bounded memory, and a clean end."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import pytest
+from tests.nbd_world import HELLO, entering, request, string
+from tests.serving_world import SIZE, Client, Serving, turns
+
+from fleecer.block.node import Extent
+from fleecer.errors import IoError, LocalProtocolError
+from fleecer.export import Export, connection
+from fleecer.ranges import Buffer
+from fleecer.testing.streams import MemoryStream
+from fleecer.units import KiB, MiB
+from fleecer.wire.nbd import Request
+from fleecer.wire.nbd import constants as nbd
+
+
+@pytest.fixture
+async def serving() -> AsyncIterator[Serving]:
+    world = Serving()
+    yield world
+    world.fault.clear()
+    await world.close()
+
+
+@pytest.fixture
+async def big() -> AsyncIterator[Serving]:
+    world = Serving(64 * MiB)
+    yield world
+    world.fault.clear()
+    await world.close()
+
+
+class OldClient:
+    """A client that negotiates nothing, and so gets simple replies: (error, cookie) and the bytes after it."""
+
+    def __init__(self, stream: MemoryStream) -> None:
+        self.stream = stream
+        self.data = bytearray()
+        self._room = memoryview(bytearray(64 * KiB))
+        self._changed = asyncio.Event()
+        self.ended = False
+        stream.begin(self)
+
+    def receive_buffer(self) -> memoryview:
+        return self._room
+
+    def received(self, count: int) -> None:
+        self.data += self._room[:count]
+        self._changed.set()
+
+    def sent(self) -> None:
+        pass
+
+    def closed(self, error: IoError | None) -> None:
+        self.ended = True
+        self._changed.set()
+
+    async def take(self, count: int) -> bytes:
+        while len(self.data) < count and not self.ended:
+            self._changed.clear()
+            await self._changed.wait()
+        assert len(self.data) >= count, "the connection ended"
+        taken = bytes(self.data[:count])
+        del self.data[:count]
+        return taken
+
+    async def simple_reply(self) -> tuple[int, int]:
+        magic, error, cookie = nbd.SIMPLE_REPLY.unpack(await self.take(nbd.SIMPLE_REPLY.size))
+        assert magic == nbd.SIMPLE_REPLY_MAGIC
+        return error, cookie
+
+
+# Exactly one reply.
+
+
+@pytest.mark.parametrize("piece_bytes", [1 << 30, 1])
+async def test_every_command_is_carried_out_and_answered_once(serving: Serving, piece_bytes: int) -> None:
+    client = await serving.client(piece_bytes=piece_bytes)
+    codec = client.codec
+    cookies = [
+        codec.write(100, b"hello", nbd.CMD_FLAG_FUA),
+        codec.read(90, 30),
+        codec.write_zeroes(4096, 100),
+        codec.trim(8192, 4096),
+        codec.cache(0, 4096),
+        codec.flush(),
+        codec.block_status(0, SIZE),
+        codec.read(4000, 300),
+    ]
+    client.send()
+    replies = [await client.reply(cookie) for cookie in cookies]
+    await turns()
+    assert len(client.replies) == len(cookies)
+    assert [reply.error for reply in replies] == [0] * len(cookies)
+    assert serving.data[100:105] == b"hello"
+    assert replies[1].data == serving.data[90:120]
+    assert replies[7].data == serving.data[4000:4300]
+    assert not any(serving.data[4096:4196])
+
+
+async def test_old_clients_get_simple_replies(serving: Serving) -> None:
+    client = OldClient(serving.stream())
+    await client.take(18)  # the greeting
+    option = nbd.OPTION.pack(nbd.OPTION_MAGIC, nbd.OPT_EXPORT_NAME, 4) + b"disk"
+    client.stream.send([HELLO + option])
+    size, _ = nbd.EXPORT_NAME_REPLY.unpack(await client.take(nbd.EXPORT_NAME_REPLY.size))
+    assert size == SIZE
+    client.stream.send([request(nbd.CMD_READ, 512, 1024, cookie=7), request(nbd.CMD_READ, SIZE, 1, cookie=8)])
+    assert await client.simple_reply() == (0, 7)
+    assert await client.take(1024) == serving.data[512:1536]
+    assert await client.simple_reply() == (nbd.EINVAL, 8)
+    client.stream.send([request(nbd.CMD_BLOCK_STATUS, 0, 1024, cookie=9)])
+    assert await client.simple_reply() == (nbd.EINVAL, 9)
+    client.stream.send([request(nbd.CMD_WRITE, 3, cookie=10, data=b"old way")])
+    assert await client.simple_reply() == (0, 10)
+    assert serving.data[3:10] == b"old way"
+    client.stream.close()
+
+
+class BrokenExport(Export):
+    """An export that ends requests in ways it must not; `way` is what a read or a status does."""
+
+    way: Callable[[Request], Any] = staticmethod(lambda request: None)
+
+    async def execute(self, request: Request) -> Buffer | None:
+        if request.command != nbd.CMD_READ:
+            return await super().execute(request)
+        found = self.way(request)
+        return await found if isinstance(found, Awaitable) else found
+
+    async def status(self, request: Request, context: str) -> list[Extent]:
+        found: list[Extent] = self.way(request)
+        return found
+
+
+async def _late_bug(request: Request) -> Buffer:
+    await asyncio.sleep(0)
+    raise ZeroDivisionError
+
+
+async def _late_cancel(request: Request) -> Buffer:
+    await asyncio.sleep(0)
+    raise asyncio.CancelledError
+
+
+def _bug(request: Request) -> Buffer:
+    raise ZeroDivisionError
+
+
+WAYS: dict[str, Callable[[Request], Any]] = {
+    "no data": lambda request: None,
+    "too little data": lambda request: b"x",
+    "too few zeroes": lambda request: b"",
+    "too much data": lambda request: bytes(request.length + 1),
+    "a bug": _bug,
+    "a bug after a wait": _late_bug,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("strict", [True, False])
+async def test_a_request_that_ends_without_a_fit_answer_is_answered_once_and_shown_as_a_bug(
+    way: str, strict: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    serving = Serving(strict=strict)
+    export = BrokenExport("broken", "broken", serving.attach("export 'broken'"))
+    export.way = WAYS[way]
+    serving.server.add(export)
+    client = await serving.client("broken")
+    cookies = [client.codec.read(at, 512) for at in (0, 512)]
+    ok = client.codec.write(0, b"works")
+    client.send()
+    for cookie in cookies:
+        reply = await client.reply(cookie)
+        assert (reply.error, reply.message) == (errno.EIO, "internal error")
+    assert (await client.reply(ok)).error == 0
+    await turns()
+    assert len(client.replies) == 3
+    assert len([r for r in caplog.records if r.levelno == logging.ERROR]) == 2
+    assert len(serving.internal_errors) == (2 if strict else 0)
+    serving.internal_errors.clear()
+    await serving.close()
+
+
+async def test_block_status_that_tells_nothing_is_answered_once_and_shown_as_a_bug(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    serving = Serving()
+
+    async def nothing(offset: int, length: int) -> list[Extent]:
+        return []
+
+    export = Export("mute", "mute", serving.attach("export 'mute'"), contexts={"x-test:mute": nothing})
+    serving.server.add(export)
+    client = await serving.client("mute", contexts=("base:allocation", "x-test:mute"))
+    cookie = client.codec.block_status(0, SIZE)
+    client.send()
+    assert (await client.reply(cookie)).error == errno.EIO
+    (error,) = serving.internal_errors
+    assert isinstance(error, LocalProtocolError)
+    serving.internal_errors.clear()
+    await serving.close()
+
+
+async def test_a_cancelled_request_is_answered() -> None:
+    serving = Serving()
+    export = BrokenExport("broken", "broken", serving.attach("export 'broken'"))
+    export.way = _late_cancel
+    serving.server.add(export)
+    client = await serving.client("broken")
+    cookie = client.codec.read(0, 512)
+    client.send()
+    assert (await client.reply(cookie)).error == errno.EIO
+    await serving.close()
+
+
+async def test_a_failing_request_carries_its_cause_and_the_others_go_on(serving: Serving) -> None:
+    serving.fault.fail("write", 4096, 512, errno=errno.ENOSPC)
+    client = await serving.client()
+    bad = client.codec.write(4096, bytes(512))
+    good = client.codec.write(0, b"good")
+    client.send()
+    reply = await client.reply(bad)
+    assert (reply.error, reply.message) == (
+        errno.ENOSPC,
+        "write of 512 bytes at 4096 on 'disk': No space left on device",
+    )
+    assert (await client.reply(good)).error == 0
+
+
+async def test_block_status_over_several_contexts_that_fails_is_answered_once(serving: Serving) -> None:
+    async def failing(offset: int, length: int) -> list[Extent]:
+        raise IoError(errno.EACCES, "disk", "block status", offset, length, "not for you")
+
+    export = Export("two", "two", serving.attach("export 'two'"), contexts={"x-test:bad": failing})
+    serving.server.add(export)
+    client = await serving.client("two", contexts=("base:allocation", "x-test:bad"))
+    assert set(client.codec.contexts) == {"base:allocation", "x-test:bad"}
+    cookie = client.codec.block_status(0, SIZE)
+    again = client.codec.read(0, 512)
+    client.send()
+    reply = await client.reply(cookie)
+    assert "not for you" in reply.message
+    assert (await client.reply(again)).error == 0  # a second reply to the first cookie would have ended the connection
+    assert not client.endings
+
+
+async def test_block_status_answers_for_every_context(serving: Serving) -> None:
+    async def striped(offset: int, length: int) -> list[Extent]:
+        return [Extent(min(1000, length), offset // 1000 % 2)]
+
+    export = Export("two", "two", serving.attach("export 'two'"), contexts={"x-test:stripes": striped})
+    serving.server.add(export)
+    nbd_client = await serving.connect("two", contexts=("base:allocation", "x-test:stripes"))
+    answers = await nbd_client.block_status(500, 2000)
+    assert answers == {"base:allocation": [(2000, 0)], "x-test:stripes": [(1000, 0), (1000, 1)]}
+    await nbd_client.close()
+
+
+# Nobody waits for anybody.
+
+
+async def test_a_request_that_waits_holds_up_no_other(serving: Serving) -> None:
+    held = serving.fault.hold("read", 0, 512)
+    client = await serving.client()
+    slow = client.codec.read(0, 512)
+    quick = [client.codec.read(at, 512) for at in range(512, 20 * 512, 512)]
+    client.send()
+    for cookie in quick:
+        await client.reply(cookie)
+    assert [reply.cookie for reply in client.replies] == quick
+    held.release()
+    assert (await client.reply(slow)).data == serving.data[:512]
+
+
+async def test_requests_of_one_batch_are_answered_in_one_send(serving: Serving) -> None:
+    client = await serving.client()
+    before = serving.server_stream.send_count
+    cookies = [client.codec.read(at * 512, 512) for at in range(50)]
+    client.send()
+    await client.reply(cookies[-1])
+    assert serving.server_stream.send_count == before + 1
+
+
+async def test_requests_that_end_together_are_answered_in_one_send(serving: Serving) -> None:
+    holds = [serving.fault.hold("read", at * 512, 512) for at in range(20)]
+    client = await serving.client()
+    cookies = [client.codec.read(at * 512, 512) for at in range(20)]
+    client.send()
+    for held in holds:
+        await held.reached()
+    before = serving.server_stream.send_count
+    for held in holds:
+        held.release()
+    for cookie in cookies:
+        await client.reply(cookie)
+    assert serving.server_stream.send_count == before + 1
+
+
+# Bounded memory.
+
+
+async def test_a_client_that_never_reads_is_held_up_and_nobody_else(big: Serving) -> None:
+    stuck = await big.client()
+    stuck.stream.pause()
+    server_end = big.server_stream
+    for _ in range(10):
+        for _ in range(1000):
+            stuck.codec.read(0, 1 * MiB)
+        stuck.send()
+        await turns(20)
+    bound = connection.QUEUED_BYTES_MAX + connection._SEND_AT_BYTES + 2 * MiB
+    assert connection.QUEUED_BYTES_MAX < server_end.queued_bytes <= bound
+    reads = big.export.reads
+    await turns()
+    assert big.export.reads == reads, "reads went on for a client that does not read"
+    assert big.export.edge.busy == 0, "a request waits for a client"
+    guest = await big.connect()
+    for at in range(0, 32 * MiB, MiB):
+        await guest.pwrite(at, b"\xee" * MiB)  # of the very range that the stuck client reads
+    assert await guest.pread(0, 4) == b"\xee" * 4
+    await guest.close()
+    stuck.stream.resume()  # it comes to its senses: all is answered
+    await stuck.until(lambda: len(stuck.replies) == 10_000)
+
+
+async def test_status_replies_count_against_the_bound_too(serving: Serving) -> None:
+    async def ragged(offset: int, length: int) -> list[Extent]:
+        return [Extent(1, at % 2) for at in range(offset, offset + min(length, 2000))]
+
+    export = Export("ragged", "ragged", serving.attach("export 'ragged'"), contexts={"x-test:ragged": ragged})
+    serving.server.add(export)
+    client = await serving.client("ragged", contexts=("x-test:ragged",))
+    client.stream.pause()
+    for _ in range(1000):
+        client.codec.block_status(0, SIZE)
+    client.send()
+    await turns()
+    one = 8 * 16 * KiB + 8 * 2000
+    bound = connection.QUEUED_BYTES_MAX + connection._SEND_AT_BYTES + 2 * one
+    assert connection.QUEUED_BYTES_MAX < serving.server_stream.queued_bytes <= bound
+
+
+async def test_requests_in_flight_are_bounded_by_number(serving: Serving) -> None:
+    holds = [serving.fault.hold("read", 0, 512) for _ in range(300)]
+    client = await serving.client()
+    cookies = [client.codec.read(0, 512) for _ in range(300)]
+    client.send()
+    await turns(400)
+    assert sum(held.is_reached for held in holds) == connection.IN_FLIGHT_MAX
+    assert serving.export.edge.busy == connection.IN_FLIGHT_MAX
+    serving.fault.clear()
+    for cookie in cookies:
+        await client.reply(cookie)
+
+
+async def test_requests_in_flight_are_bounded_by_bytes(big: Serving) -> None:
+    holds = [big.fault.hold("read") for _ in range(40)]
+    client = await big.client()
+    cookies = [client.codec.read(0, 4 * MiB) for _ in range(40)]
+    client.send()
+    await turns()
+    reached = sum(held.is_reached for held in holds)
+    assert reached == connection.IN_FLIGHT_BYTES_MAX // (4 * MiB) + 1
+    big.fault.clear()
+    for cookie in cookies:
+        await client.reply(cookie)
+
+
+# The end.
+
+
+async def test_disconnect_is_obeyed_once_all_that_was_asked_is_answered(serving: Serving) -> None:
+    held = serving.fault.hold("write", 0, 512)
+    client = await serving.client()
+    slow = client.codec.write(0, b"w" * 512)
+    quick = client.codec.read(1024, 512)
+    client.codec.disconnect()
+    client.send()
+    await client.reply(quick)
+    await turns()
+    assert not client.endings
+    held.release()
+    assert (await client.reply(slow)).error == 0
+    await client.ended()
+    assert client.codec.failure is None
+
+
+async def test_a_client_that_vanishes_leaves_the_effects_of_its_requests_and_nothing_else(serving: Serving) -> None:
+    held = serving.fault.hold("write", 0, 512)
+    client = await serving.client()
+    client.codec.write(0, b"w" * 512)
+    client.send()
+    await held.reached()
+    (theirs,) = serving.server.clients(serving.export)
+    client.stream.abort()
+    await turns()
+    assert serving.export.edge.busy == 1
+    assert not theirs.ended.done(), "the connection must outlive its requests"
+    held.release()
+    await theirs.ended
+    assert serving.data[:512] == b"w" * 512
+    assert serving.export.edge.busy == 0
+    assert not serving.server.clients()
+
+
+async def test_stop_ends_requests_in_flight_and_refuses_new_ones(serving: Serving) -> None:
+    held = serving.fault.hold("write", 0, 512)
+    client = await serving.client()
+    slow = client.codec.write(0, b"w" * 512)
+    client.send()
+    await held.reached()
+    stopping = asyncio.ensure_future(serving.server.stop())
+    await turns()
+    late = client.codec.read(1024, 512)
+    client.send()
+    reply = await client.reply(late)
+    assert (reply.error, reply.message) == (errno.ESHUTDOWN, "shutting down")
+    assert not stopping.done()
+    held.release()
+    assert (await client.reply(slow)).error == 0
+    await client.ended()
+    await stopping
+
+
+async def test_requests_that_waited_for_their_turn_are_refused_when_the_server_stops(serving: Serving) -> None:
+    for _ in range(connection.IN_FLIGHT_MAX):
+        serving.fault.hold("read", 0, 512)
+    client = await serving.client()
+    started = [client.codec.read(0, 512) for _ in range(connection.IN_FLIGHT_MAX)]
+    waiting = [client.codec.read(0, 512) for _ in range(10)]
+    client.send()
+    await turns()
+    stopping = asyncio.ensure_future(serving.server.stop())
+    for cookie in waiting:
+        assert (await client.reply(cookie)).error == errno.ESHUTDOWN
+    serving.fault.clear()
+    for cookie in started:
+        assert (await client.reply(cookie)).error == 0
+    await stopping
+
+
+async def test_stop_does_not_wait_for_a_client_that_never_reads(
+    big: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "STOP_GRACE_S", 0.01)
+    stuck = await big.client()
+    stuck.stream.pause()
+    for _ in range(1000):
+        stuck.codec.read(0, 1 * MiB)
+    stuck.send()
+    await turns()
+    assert big.server_stream.queued_bytes > connection.QUEUED_BYTES_MAX
+    async with asyncio.timeout(10):
+        await big.server.stop()
+
+
+async def test_a_client_that_reads_gets_its_last_replies_when_the_server_stops(big: Serving) -> None:
+    client = await big.client()
+    client.stream.pause()
+    cookies = [client.codec.read(0, MiB) for _ in range(4)]
+    client.send()
+    await turns()
+    assert big.server_stream.queued_bytes > 0
+    stopping = asyncio.ensure_future(big.server.stop())
+    await turns()
+    client.stream.resume()
+    for cookie in cookies:
+        assert (await client.reply(cookie)).data == big.data[:MiB]
+    await stopping
+
+
+async def test_what_was_asked_before_a_violation_is_answered_and_then_the_client_is_dropped(
+    serving: Serving, caplog: pytest.LogCaptureFixture
+) -> None:
+    client = Client(serving.stream(), "disk")
+    await client.until(lambda: client.codec.ready)
+    good = client.codec.read(0, 512)
+    client.codec.outgoing.append(b"\xff" * 28)
+    client.send()
+    assert (await client.reply(good)).error == 0
+    await client.ended()
+    assert "dropped NBD client left end: request magic" in caplog.text
+
+
+# What the commands mean.
+
+
+async def test_writing_to_a_read_only_export_is_refused(serving: Serving) -> None:
+    serving.offer("past", writable=False)
+    before = bytes(serving.data)
+    stream = serving.stream()
+    client = OldClient(stream)
+    await client.take(18)
+    stream.send([entering("past", structured=False)])
+    await turns()
+    client.data.clear()
+    for cookie, command in enumerate((nbd.CMD_WRITE, nbd.CMD_TRIM, nbd.CMD_WRITE_ZEROES)):
+        data = b"x" * 512 if command == nbd.CMD_WRITE else b""
+        stream.send([request(command, 0, 512, cookie=cookie, data=data)])
+        assert await client.simple_reply() == (nbd.EPERM, cookie)
+    assert serving.data == before
+    stream.close()
+
+
+@pytest.mark.parametrize("command", [nbd.CMD_WRITE, nbd.CMD_TRIM, nbd.CMD_WRITE_ZEROES, nbd.CMD_FLUSH, nbd.CMD_CACHE])
+@pytest.mark.parametrize("length", [0, 512])
+async def test_fua_is_answered_only_after_a_flush(serving: Serving, command: int, length: int) -> None:
+    held = serving.fault.hold("flush")
+    stream = serving.stream()
+    client = OldClient(stream)
+    await client.take(18)
+    stream.send([entering("disk", structured=False)])
+    await turns()
+    client.data.clear()
+    data = b"x" * length if command == nbd.CMD_WRITE else b""
+    length = 0 if command == nbd.CMD_FLUSH else length
+    stream.send([request(command, 0, length, flags=nbd.CMD_FLAG_FUA, cookie=5, data=data)])
+    await held.reached()
+    assert not client.data
+    held.release()
+    assert await client.simple_reply() == (0, 5)
+    stream.close()
+
+
+@pytest.mark.parametrize("command", [nbd.CMD_READ, nbd.CMD_WRITE, nbd.CMD_TRIM, nbd.CMD_WRITE_ZEROES, nbd.CMD_CACHE])
+async def test_requests_of_no_bytes_succeed_and_touch_nothing(serving: Serving, command: int) -> None:
+    before = bytes(serving.data)
+    stream = serving.stream()
+    client = OldClient(stream)
+    await client.take(18)
+    stream.send([entering("disk", structured=False)])
+    await turns()
+    client.data.clear()
+    stream.send([request(command, 512, 0, cookie=3)])
+    assert await client.simple_reply() == (0, 3)
+    assert serving.data == before
+    stream.close()
+
+
+async def test_fast_zeroing_is_refused_where_it_is_not_fast(serving: Serving) -> None:
+    import dataclasses
+
+    serving.fault.limits = dataclasses.replace(serving.fault.limits, zero_is_fast=False)
+    client = await serving.client()
+    fast = client.codec.write_zeroes(0, 512, nbd.CMD_FLAG_FAST_ZERO)
+    plain = client.codec.write_zeroes(512, 512)
+    client.send()
+    assert (await client.reply(fast)).error == errno.ENOTSUP
+    assert any(serving.data[:512])
+    assert (await client.reply(plain)).error == 0
+    assert not any(serving.data[512:1024])
+
+
+async def test_zeroes_are_sent_as_a_hole(serving: Serving) -> None:
+    serving.data[:64 * KiB] = bytes(64 * KiB)
+    client = await serving.client()
+    before = serving.server_stream.sent_bytes
+    cookie = client.codec.read(0, 64 * KiB)
+    client.send()
+    assert (await client.reply(cookie)).data == bytes(64 * KiB)
+    assert serving.server_stream.sent_bytes - before < 100
+
+
+async def test_only_one_extent_is_told_where_only_one_is_asked_for(serving: Serving) -> None:
+    serving.data[4096:8192] = bytes(4096)
+    client = await serving.client()
+    one = client.codec.block_status(0, SIZE, nbd.CMD_FLAG_REQ_ONE)
+    client.send()
+    assert (await client.reply(one)).extents == {"base:allocation": [(4096, 0)]}
+
+
+async def test_a_default_export_name_in_the_old_handshake_is_served(serving: Serving) -> None:
+    stream = serving.stream()
+    client = OldClient(stream)
+    await client.take(18)
+    stream.send([HELLO + nbd.OPTION.pack(nbd.OPTION_MAGIC, nbd.OPT_EXPORT_NAME, 0)])
+    size, _ = nbd.EXPORT_NAME_REPLY.unpack(await client.take(nbd.EXPORT_NAME_REPLY.size))
+    assert size == SIZE
+    stream.close()
+
+
+def test_strings_of_the_world_are_as_the_protocol_has_them() -> None:
+    assert string("ab") == b"\x00\x00\x00\x02ab"
