@@ -1,0 +1,331 @@
+"""A simulated disk: a storage with a volatile cache, whose requests take seeded time, tear, fail, and lose power.
+
+Fault model
+- A request is submitted, takes effect on the content at one or two later moments (it may be *torn* between sectors), and
+  completes after that. Requests in flight overtake each other. Times have a heavy tail: some are a thousand times
+  slower than most.
+- What was written is readable once it has taken effect. It is durable once a sync that was submitted after the write
+  had completed has completed itself. Until then, from its submission on, any subset of its sectors may be on the
+  medium after a power cut, in any order with other such writes.
+- A sync that fails loses: what it should have made durable stays in doubt for ever, though later syncs succeed. That is
+  how Linux does it (the pages are marked clean).
+- A request may fail (EIO, ENOSPC), a write that fails has changed any part of its range. It may stall for minutes. A
+  storage does not do short reads or writes; it loops (storage/api.py), so a short one is a failure in the midst.
+- Bits may flip in what is read: then the read returns wrong data and says nothing.
+
+`Faults` says which request fails how; `record` keeps a log from which `crash_states` makes media.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import errno as _errno
+import itertools
+import random
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+from fleecer.errors import IoError
+from fleecer.ranges import Buffer, align_down, align_up, is_zero
+from fleecer.storage.api import StorageLimits
+
+SECTOR_BYTES = 512
+PAGE_BYTES = 4096
+STALL_S = 300.0
+
+Kind = Literal["EIO", "ENOSPC", "stall", "flip"]
+Latency = Callable[[], float]
+
+
+def heavy_tailed(generator: random.Random, *, typical_s: float = 1e-4, longest_s: float = 1.0) -> Latency:
+    """Times of which most are near `typical_s`, and some a thousand times that."""
+    draw = generator.random
+
+    def latency() -> float:
+        return float(min(longest_s, typical_s * (1.0 - draw()) ** -1.5))
+
+    return latency
+
+
+@dataclasses.dataclass(slots=True)
+class Faults:
+    """Which requests of a disk fail. Requests are numbered from 0 in the order of their submission.
+
+    `at` maps numbers to faults. `for_good` makes every later request of the same operation share the fate of one that
+    failed. `seen` tells how many requests there were.
+    """
+
+    at: dict[int, Kind] = dataclasses.field(default_factory=dict)
+    for_good: bool = False
+    seen: int = 0
+    hit: list[str] = dataclasses.field(default_factory=list)
+    _stuck: dict[str, Kind] = dataclasses.field(default_factory=dict)
+
+    def next(self, operation: str) -> Kind | None:
+        """The fault of the request submitted now, if any."""
+        number = self.seen
+        self.seen += 1
+        kind = self.at.get(number) or self._stuck.get(operation)
+        if kind is not None:
+            self.hit.append(f"{operation}:{kind}")
+            if self.for_good:
+                self._stuck[operation] = kind
+        return kind
+
+
+@dataclasses.dataclass(slots=True)
+class _Write:
+    """A write in the log: submitted before log position `begun`, completed before `ended` (None: not yet)."""
+
+    begun: int
+    offset: int
+    data: bytes
+    ended: int | None = None
+    durable_at: int | None = None
+    in_doubt: bool = False
+
+
+class SimDisk:
+    """The storage. `data` is what reads see now. All times are the running loop's."""
+
+    def __init__(
+        self,
+        content: int | bytes | bytearray,
+        generator: random.Random,
+        *,
+        name: str = "disk",
+        latency: Latency | None = None,
+        faults: Faults | None = None,
+        record: bool = False,
+        growable: bool = True,
+        size_max: int = 1 << 30,
+        trace: Callable[[str], None] | None = None,
+    ) -> None:
+        self.data = bytearray(content)
+        self.name = name
+        self.read_only = False
+        self.identity = (0, id(self))
+        self.is_block_device = False
+        self.limits = StorageLimits(growable=growable)
+        self.faults = faults
+        self.in_flight = 0
+        self._generator = generator
+        self._latency = latency or heavy_tailed(generator)
+        self._size_max = size_max
+        self._base = bytes(self.data) if record else None
+        self._log: list[_Write] = []
+        self._position = 0  # of the log: grows with each submission and completion
+        self._trace = trace
+
+    @property
+    def size(self) -> int:
+        """Bytes held."""
+        return len(self.data)
+
+    # The storage. Nothing happens inline: everything can be overtaken.
+
+    def try_pread(self, offset: int, length: int) -> Buffer | None:
+        """None: wait."""
+        return None
+
+    def try_pwrite(self, offset: int, data: Buffer) -> bool:
+        """False: wait."""
+        return False
+
+    async def pread(self, offset: int, length: int) -> Buffer:
+        """See `Storage.pread`."""
+        fault = await self._begin("read", offset, length)
+        try:
+            await self._pass(fault)
+            data = bytearray(length)
+            cut = self._tear(offset, length)
+            self._copy_out(data, offset, offset, cut)
+            if cut < offset + length:
+                await asyncio.sleep(self._latency())
+                self._copy_out(data, offset, cut, offset + length)
+            self._raise("read", fault, offset, length)
+            if fault == "flip":
+                data[self._generator.randrange(length)] ^= 1 << self._generator.randrange(8)
+            return data
+        finally:
+            self._end("read", offset, length)
+
+    async def pwrite(self, offset: int, data: Buffer) -> None:
+        """See `Storage.pwrite`."""
+        await self._change("write", offset, bytes(data))
+
+    async def zero(self, offset: int, length: int, unmap: bool) -> None:
+        """See `Storage.zero`."""
+        await self._change("write zeroes", offset, bytes(length))
+
+    async def discard(self, offset: int, length: int) -> None:
+        """See `Storage.discard`: whole pages inside the range become zero."""
+        start, end = align_up(offset, PAGE_BYTES), align_down(offset + length, PAGE_BYTES)
+        if start < end:
+            await self._change("discard", start, bytes(end - start))
+
+    async def sync(self) -> None:
+        """See `Storage.sync`."""
+        fault = await self._begin("sync", 0, 0)
+        covered = [write for write in self._log if write.ended is not None and write.durable_at is None]
+        try:
+            await self._pass(fault)
+            if fault in ("EIO", "ENOSPC"):
+                for write in covered:
+                    write.in_doubt = True
+            self._raise("sync", fault, 0, 0)
+            self._position += 1
+            for write in covered:
+                if not write.in_doubt:
+                    write.durable_at = self._position
+        finally:
+            self._end("sync", 0, 0)
+
+    async def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        """See `Storage.extents`."""
+        fault = await self._begin("status", offset, length)
+        try:
+            await self._pass(fault)
+            self._raise("status", fault, offset, length)
+            runs: list[tuple[int, bool]] = []
+            end = offset + length
+            while offset < end and len(runs) < 16:
+                stop = min(align_down(offset, PAGE_BYTES) + PAGE_BYTES, end)
+                runs.append((stop - offset, not is_zero(self.data[offset:stop])))
+                offset = stop
+            return runs
+        finally:
+            self._end("status", offset, length)
+
+    async def truncate(self, size: int) -> None:
+        """See `Storage.truncate`. Not a moment for faults: only new scratches are resized."""
+        del self.data[size:]
+        self.data.extend(bytes(size - len(self.data)))
+
+    async def close(self) -> None:
+        """See `Storage.close`."""
+        assert not self.in_flight, f"{self.name} was closed with {self.in_flight} requests in flight"
+
+    async def _change(self, operation: str, offset: int, data: bytes) -> None:
+        fault = await self._begin(operation, offset, len(data))
+        write = _Write(self._position, offset, data)
+        if self._base is not None:
+            self._position += 1
+            self._log.append(write)
+        try:
+            await self._pass(fault)
+            end = offset + len(data)
+            if end > max(self._size_max, len(self.data)) or (end > len(self.data) and not self.limits.growable):
+                fault = "ENOSPC"
+            cut = self._tear(offset, len(data))
+            self._put(offset, data[: cut - offset])
+            if fault in ("EIO", "ENOSPC"):
+                write.in_doubt = True
+            self._raise(operation, fault, offset, len(data))
+            if cut < end:
+                await asyncio.sleep(self._latency())
+                self._put(cut, data[cut - offset :])
+            self._position += 1
+            write.ended = self._position
+        finally:
+            self._end(operation, offset, len(data))
+
+    # Steps of a request.
+
+    async def _begin(self, operation: str, offset: int, length: int) -> Kind | None:
+        self.in_flight += 1
+        if self._trace is not None:
+            self._trace(f"{self.name} {operation} {offset}+{length}")
+        return self.faults.next(operation) if self.faults is not None else None
+
+    async def _pass(self, fault: Kind | None) -> None:
+        await asyncio.sleep(STALL_S if fault == "stall" else self._latency())
+
+    def _raise(self, operation: str, fault: Kind | None, offset: int, length: int) -> None:
+        if fault in ("EIO", "ENOSPC"):
+            raise IoError(getattr(_errno, fault), self.name, operation, offset, length)
+
+    def _end(self, operation: str, offset: int, length: int) -> None:
+        self.in_flight -= 1
+        if self._trace is not None:
+            self._trace(f"{self.name} {operation} {offset}+{length} done")
+
+    def _tear(self, offset: int, length: int) -> int:
+        """Where the request is cut in two: the end if it is not."""
+        end = offset + length
+        first = align_up(offset + 1, SECTOR_BYTES)
+        if first >= end or self._generator.random() < 0.5:
+            return end
+        return self._generator.randrange(first, end, SECTOR_BYTES)
+
+    def _put(self, offset: int, data: bytes) -> None:
+        end = offset + len(data)
+        if end > len(self.data):
+            self.data.extend(bytes(end - len(self.data)))
+        self.data[offset:end] = data
+
+    def _copy_out(self, data: bytearray, base: int, start: int, end: int) -> None:
+        found = self.data[start:end]
+        data[start - base : start - base + len(found)] = found
+
+    # Power cuts.
+
+    @property
+    def position(self) -> int:
+        """Where in the log we are: a moment for `crash_states`."""
+        return self._position
+
+    def crash_states(
+        self, generator: random.Random, *, at: int | None = None, exhaustive_up_to: int = 8, samples: int = 16
+    ) -> Iterator[bytearray]:
+        """What the medium may hold after a power cut at log position `at` (default: now). Needs `record`.
+
+        All subsets of the sectors in doubt, if they are at most `exhaustive_up_to`; else none, all, each alone, each
+        missing as far as `samples` allow, and random ones.
+        """
+        assert self._base is not None, "the disk was not made with record=True"
+        moment = self._position if at is None else at
+        pieces: list[tuple[int, bytes, bool]] = []  # offset, data, durable; in the order of submission
+        for write in self._log:
+            if write.begun > moment:
+                break
+            if write.durable_at is not None and write.durable_at <= moment:
+                pieces.append((write.offset, write.data, True))
+                continue
+            for start in range(0, len(write.data), SECTOR_BYTES):
+                pieces.append((write.offset + start, write.data[start : start + SECTOR_BYTES], False))
+        doubtful = sum(not durable for _, _, durable in pieces)
+        for chosen in _subsets(doubtful, generator, exhaustive_up_to, samples):
+            medium = bytearray(self._base)
+            keep = iter(chosen)
+            for offset, data, durable in pieces:
+                if durable or next(keep):
+                    _apply(medium, offset, data)
+            yield medium
+
+
+def _apply(medium: bytearray, offset: int, data: bytes) -> None:
+    end = offset + len(data)
+    if end > len(medium):
+        medium.extend(bytes(end - len(medium)))
+    medium[offset:end] = data
+
+
+def _subsets(count: int, generator: random.Random, exhaustive_up_to: int, samples: int) -> Iterator[tuple[bool, ...]]:
+    if count <= exhaustive_up_to:
+        yield from itertools.product((False, True), repeat=count)
+        return
+    yield (False,) * count
+    yield (True,) * count
+    for _ in range(samples):
+        kind = generator.random()
+        one = generator.randrange(count)
+        if kind < 0.2:
+            yield tuple(index == one for index in range(count))
+        elif kind < 0.4:
+            yield tuple(index != one for index in range(count))
+        elif kind < 0.6:
+            yield tuple(index < one for index in range(count))
+        else:
+            yield tuple(generator.random() < 0.5 for _ in range(count))
