@@ -48,7 +48,7 @@ class Machine:
         self._process.stdin.flush()
         return int(self.wait_for(rf"MARK {self._marks} \d+").split()[2])
 
-    def wait_for_theend(self) -> None:
+    def wait_for_the_end(self) -> None:
         """Returns when the guest has ended the machine."""
         status = self._process.wait(HANG_S)
         assert status == 0, f"the machine ended with {status}:\n{self._console.text()}"

@@ -17,9 +17,13 @@ while :; do
         read -r line
         echo "MARK $line $n"
     fi
-    text=$((100000000000000 + n))
-    yes $text | dd of=$n bs=$((n * 7919 % 32768 + 1)) count=1 iflag=fullblock conv=fsync 2>/dev/null
-    yes $text | dd of=ring bs=64k count=1 iflag=fullblock conv=notrunc,fsync 2>/dev/null
-    yes $text | dd of=afresh bs=64k count=1 iflag=fullblock conv=fsync 2>/dev/null
+    text="$((100000000000000 + n))
+"
+    for _ in 1 2 3 4 5 6 7 8 9 10 11 12; do
+        text=$text$text
+    done
+    printf %s "${text:0:$((n * 7919 % 32768 + 1))}" >$n && fsync $n
+    printf %s "$text" 1<>ring && fsync ring
+    printf %s "$text" >afresh && fsync afresh
     echo "SYNCED $n"
 done

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import errno
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
 
 import pytest
-from tests.nbd_world import HELLO, entering, request, string
+from tests.nbd_world import HELLO, entering, request
 from tests.serving_world import SIZE, Client, Serving, turns
 
 from fleecer.block.node import Extent
@@ -547,8 +548,6 @@ async def test_requests_of_no_bytes_succeed_and_touch_nothing(serving: Serving, 
 
 
 async def test_fast_zeroing_is_refused_where_it_is_not_fast(serving: Serving) -> None:
-    import dataclasses
-
     serving.fault.limits = dataclasses.replace(serving.fault.limits, zero_is_fast=False)
     client = await serving.client()
     fast = client.codec.write_zeroes(0, 512, nbd.CMD_FLAG_FAST_ZERO)
@@ -586,7 +585,3 @@ async def test_a_default_export_name_in_the_old_handshake_is_served(serving: Ser
     size, _ = nbd.EXPORT_NAME_REPLY.unpack(await client.take(nbd.EXPORT_NAME_REPLY.size))
     assert size == SIZE
     stream.close()
-
-
-def test_strings_of_the_world_are_as_the_protocol_has_them() -> None:
-    assert string("ab") == b"\x00\x00\x00\x02ab"

@@ -81,7 +81,7 @@ def read_stamp(data: bytes) -> tuple[int, int] | None:
 
 
 class Writer:
-    """Writes from `start` to `stop`: again and again over its blocks, some in random order, some one after the other."""
+    """Writes from `start` to `stop`, over all its blocks again and again, some scattered, some in sequence."""
 
     def __init__(self, client: NbdClient, scattered: list[int], sequential: list[int]) -> None:
         self.journal = Journal()

@@ -16,8 +16,6 @@ _ENTRY = struct.Struct(">QIIBBHI")
 BITMAPS_MAX: Final = 65535
 DIRECTORY_BYTES_MAX: Final = 64 * MiB
 TABLE_ENTRIES_MAX: Final = 0x8000000
-IN_USE: Final = 1 << 0
-AUTO: Final = 1 << 1
 
 
 class Bitmap(NamedTuple):

@@ -31,12 +31,11 @@ class NewImage(NamedTuple):
     """An image to be written into an empty file.
 
     `pieces` are (offset, bytes), in order of writing: everything but the header, and then the header at offset 0, which
-    belongs into the file only when the rest is durable. `length` is what the file's length must be at least.
+    belongs into the file only when the rest is durable.
     """
 
     header: Header
     pieces: Iterator[tuple[int, bytes]]
-    length: int
 
 
 def create_image(
@@ -55,21 +54,8 @@ def create_image(
     `backing_file` is recorded as given, with its format, which is required: a format must never be guessed. Raises
     UsageError for what the format does not allow.
     """
-    bits = cluster_size.bit_length() - 1
-    if not is_power_of_two(cluster_size) or not CLUSTER_BITS_MIN <= bits <= CLUSTER_BITS_MAX:
-        low, high = 1 << CLUSTER_BITS_MIN, 1 << CLUSTER_BITS_MAX
-        raise UsageError(f"cluster size {cluster_size} is not a power of two from {low} to {high}")
-    if size < 0 or l1_entries_needed(size, bits) > L1_ENTRIES_MAX:
-        most = L1_ENTRIES_MAX << (2 * bits - 3)
-        raise UsageError(f"image size {size} is outside 0 to {most}, the limit with clusters of {cluster_size} bytes")
-    if version not in (2, 3):
-        raise UsageError(f"qcow2 version {version} is neither 2 nor 3")
-    if refcount_bits not in (1, 2, 4, 8, 16, 32, 64):
-        raise UsageError(f"refcount_bits {refcount_bits} is not a power of two from 1 to 64")
-    if version == 2 and (refcount_bits != 16 or lazy_refcounts or compression != "deflate"):
-        raise UsageError("qcow2 version 2 has 16 refcount bits, no lazy refcounts, and deflate; use version 3")
-    if compression not in _COMPRESSIONS:
-        raise UsageError(f"compression {quoted(compression)} is neither 'deflate' nor 'zstd'")
+    bits = _checked_cluster_bits(size, cluster_size)
+    _check_features(version, refcount_bits, lazy_refcounts, compression)
     _check_backing(backing_file, backing_format)
     l1_size = max(l1_entries_needed(size, bits), 1)
     l1_clusters = align_up(l1_size * 8, cluster_size) >> bits
@@ -104,7 +90,7 @@ def create_image(
         yield from layout.pieces
         yield 0, packed.ljust(cluster_size, b"\0")
 
-    return NewImage(header, pieces(), layout.end << bits)
+    return NewImage(header, pieces())
 
 
 def _check_backing(backing_file: str | None, backing_format: str | None) -> None:
@@ -115,3 +101,25 @@ def _check_backing(backing_file: str | None, backing_format: str | None) -> None
         length = len(backing_file.encode("utf-8", "surrogateescape"))
         if not 1 <= length <= BACKING_NAME_BYTES_MAX:
             raise UsageError(f"backing file name of {length} bytes is outside 1 to {BACKING_NAME_BYTES_MAX}")
+
+
+def _checked_cluster_bits(size: int, cluster_size: int) -> int:
+    bits = cluster_size.bit_length() - 1
+    if not is_power_of_two(cluster_size) or not CLUSTER_BITS_MIN <= bits <= CLUSTER_BITS_MAX:
+        low, high = 1 << CLUSTER_BITS_MIN, 1 << CLUSTER_BITS_MAX
+        raise UsageError(f"cluster size {cluster_size} is not a power of two from {low} to {high}")
+    if size < 0 or l1_entries_needed(size, bits) > L1_ENTRIES_MAX:
+        most = L1_ENTRIES_MAX << (2 * bits - 3)
+        raise UsageError(f"image size {size} is outside 0 to {most}, the limit with clusters of {cluster_size} bytes")
+    return bits
+
+
+def _check_features(version: int, refcount_bits: int, lazy_refcounts: bool, compression: str) -> None:
+    if version not in (2, 3):
+        raise UsageError(f"qcow2 version {version} is neither 2 nor 3")
+    if refcount_bits not in (1, 2, 4, 8, 16, 32, 64):
+        raise UsageError(f"refcount_bits {refcount_bits} is not a power of two from 1 to 64")
+    if version == 2 and (refcount_bits != 16 or lazy_refcounts or compression != "deflate"):
+        raise UsageError("qcow2 version 2 has 16 refcount bits, no lazy refcounts, and deflate; use version 3")
+    if compression not in _COMPRESSIONS:
+        raise UsageError(f"compression {quoted(compression)} is neither 'deflate' nor 'zstd'")

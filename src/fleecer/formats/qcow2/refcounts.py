@@ -175,7 +175,6 @@ class RefcountLayout(NamedTuple):
     table_offset: int
     table_clusters: int
     pieces: Iterator[tuple[int, bytes]]
-    end: int
 
 
 def lay_out_refcounts(references: References, order: int, cluster_bits: int, first: int, path: str) -> RefcountLayout:
@@ -220,4 +219,4 @@ def lay_out_refcounts(references: References, order: int, cluster_bits: int, fir
             yield (first + at) << cluster_bits, bytes(block)
         yield (first + blocks) << cluster_bits, bytes(table)
 
-    return RefcountLayout((first + blocks) << cluster_bits, table_clusters, pieces(), end)
+    return RefcountLayout((first + blocks) << cluster_bits, table_clusters, pieces())

@@ -1,8 +1,8 @@
 """A simulated disk: a storage with a volatile cache, whose requests take seeded time, tear, fail, and lose power.
 
 Fault model
-- A request is submitted, takes effect on the content at one or two later moments (it may be *torn* between sectors), and
-  completes after that. Requests in flight overtake each other. Times have a heavy tail: some are a thousand times
+- A request is submitted, takes effect on the content at one or two later moments (*torn* between sectors), and completes
+  after that. Requests in flight overtake each other. Times have a heavy tail: some are a thousand times
   slower than most.
 - What was written is readable once it has taken effect. It is durable once a sync that was submitted after the write
   had completed has completed itself. Until then, from its submission on, any subset of its sectors may be on the
@@ -293,8 +293,10 @@ class SimDisk:
             if write.durable_at is not None and write.durable_at <= moment:
                 pieces.append((write.offset, write.data, True))
                 continue
-            for start in range(0, len(write.data), SECTOR_BYTES):
-                pieces.append((write.offset + start, write.data[start : start + SECTOR_BYTES], False))
+            pieces += [
+                (write.offset + start, write.data[start : start + SECTOR_BYTES], False)
+                for start in range(0, len(write.data), SECTOR_BYTES)
+            ]
         doubtful = sum(not durable for _, _, durable in pieces)
         for chosen in _subsets(doubtful, generator, exhaustive_up_to, samples):
             medium = bytearray(self._base)

@@ -189,7 +189,7 @@ async def test_a_place_that_held_a_table_before_is_not_read_as_that_table() -> N
 
 
 async def test_clusters_are_handed_out_once_while_the_refcount_structure_grows() -> None:
-    storage = await new_image(4 * MiB, cluster_size=512, refcount_bits=64)
+    storage = await held_image(4 * MiB, cluster_size=512, refcount_bits=64)
     storage.pause = random_turns(3, 2)
     node = await open_image(storage)
     await guest(node).pwrite(0, b"first")
@@ -197,6 +197,9 @@ async def test_clusters_are_handed_out_once_while_the_refcount_structure_grows()
     offsets = [run.offset for run in await asyncio.gather(*tasks)]
     assert len(set(offsets)) == 300
     assert not node._image.metadata.intersection(offsets)
+    blocks = [offset for offset in node._image.refcount_table if offset][1:]
+    assert len(blocks) >= 4
+    assert [storage.written.count((block, 512)) for block in blocks] == [1] * len(blocks)
     for offset in offsets:
         node._allocator.free(offset)
     await node.close()

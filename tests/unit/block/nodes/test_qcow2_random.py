@@ -45,7 +45,7 @@ async def test_random_requests_leave_what_the_model_says(
         # Small caches: slices are dropped, and commits forced.
         caches: dict[str, Any] = {"l2_cache_bytes": 32768, "refcount_cache_bytes": 16384} if reopened else {}
         node = await open_image(storage, backing=backing, discard_freed=reopened == 1, **caches)
-        for _ in range(12 if paused else 40):
+        for _ in range(8 if paused else 25):
             await model.round(guest(node), 8, 12 * options["cluster_size"])
         await model.compare(guest(node))
         await node.close()
