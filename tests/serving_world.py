@@ -16,6 +16,7 @@ from fleecer.testing.memory import MemoryNode
 from fleecer.testing.streams import MemoryStream, memory_streams
 from fleecer.units import KiB
 from fleecer.wire.nbd import ClientCodec, Reply
+from fleecer.wire.nbd import constants as nbd
 
 SIZE = 256 * KiB
 
@@ -75,6 +76,54 @@ class Client:
     async def ended(self) -> None:
         """Returns once the server has closed the connection."""
         await self.until(lambda: bool(self.endings))
+
+
+class OldClient:
+    """A client that negotiates nothing by itself, and so gets simple replies: (error, cookie) and the bytes after."""
+
+    def __init__(self, stream: MemoryStream) -> None:
+        self.stream = stream
+        self.data = bytearray()
+        self._room = memoryview(bytearray(64 * KiB))
+        self._changed = asyncio.Event()
+        self.ended = False
+        stream.begin(self)
+
+    def receive_buffer(self) -> memoryview:
+        return self._room
+
+    def received(self, count: int) -> None:
+        self.data += self._room[:count]
+        self._changed.set()
+
+    def sent(self) -> None:
+        pass
+
+    def closed(self, error: IoError | None) -> None:
+        self.ended = True
+        self._changed.set()
+
+    async def take(self, count: int) -> bytes:
+        """The next `count` bytes from the server."""
+        while len(self.data) < count and not self.ended:
+            self._changed.clear()
+            await self._changed.wait()
+        assert len(self.data) >= count, "the connection ended"
+        taken = bytes(self.data[:count])
+        del self.data[:count]
+        return taken
+
+    async def simple_reply(self) -> tuple[int, int]:
+        """The next simple reply's error and cookie."""
+        magic, error, cookie = nbd.SIMPLE_REPLY.unpack(await self.take(nbd.SIMPLE_REPLY.size))
+        assert magic == nbd.SIMPLE_REPLY_MAGIC
+        return error, cookie
+
+    async def until_ended(self) -> None:
+        """Returns once the server has closed the connection."""
+        while not self.ended:
+            self._changed.clear()
+            await self._changed.wait()
 
 
 class Serving:
@@ -140,4 +189,3 @@ class Serving:
         left = [task for task in asyncio.all_tasks() if task is not asyncio.current_task()]
         assert not left, f"tasks were left: {left}"
         assert not self.internal_errors, self.internal_errors
-

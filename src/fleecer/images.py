@@ -21,11 +21,12 @@ from typing import Literal
 from fleecer.block import options as opt
 from fleecer.block.edge import Edge
 from fleecer.block.graph import Graph
+from fleecer.block.node import Node
 from fleecer.block.nodes.file import FileNode
 from fleecer.block.nodes.qcow2 import create_qcow2
 from fleecer.block.opener import Opener
 from fleecer.daemon.daemon import Format, format_of
-from fleecer.errors import CorruptImage, IoError, UsageError, quoted
+from fleecer.errors import CorruptImage, FleecerError, IoError, UsageError, quoted
 from fleecer.jobs import transfer
 from fleecer.storage.api import Storage
 from fleecer.storage.file import open_file
@@ -62,15 +63,26 @@ class Restored:
 class _Bench:
     """A graph for one piece of work."""
 
-    work = "copying"
-
     def __init__(self, allow_backing: tuple[str, ...] = ()) -> None:
         self.graph = Graph()
         self.opener = Opener(self.graph, allow_backing=allow_backing)
+        self._edges: list[Edge] = []
+
+    def attach(self, node: Node, role: str, *, writable: bool = False, may_grow: bool = False) -> Edge:
+        """An edge that is ended with the bench, if not before."""
+        edge = self.graph.attach(node, "copying", role, writable=writable, may_grow=may_grow)
+        self._edges.append(edge)
+        return edge
+
+    async def close(self) -> None:
+        """Closes every node, those above before those below."""
+        for edge in self._edges:
+            await self.graph.detach(edge)
+        await self.graph.close()
 
     async def source(self, options: opt.BlockdevOptions) -> Edge:
         """Opens a node named "source", for reading."""
-        return self.graph.attach(await self.opener.add(options), self.work, "source")
+        return self.attach(await self.opener.add(options), "source")
 
     def hold(self, storage: Storage) -> None:
         """Puts a storage into the graph, under the name "file"; it is closed with the bench."""
@@ -80,23 +92,23 @@ class _Bench:
         """An edge to the held file as an image of `kind`, made now; for writing."""
         file = self.graph.find("file")
         if kind == "raw":
-            return self.graph.attach(file, self.work, "target", writable=True)
-        edge = self.graph.attach(file, self.work, "file", writable=True, may_grow=True)
+            return self.attach(file, "target", writable=True)
+        edge = self.attach(file, "file", writable=True, may_grow=True)
         await create_qcow2(edge, size)
-        self.graph.forget(edge)
+        await self.graph.detach(edge)
         return await self._qcow2_target(read_only=False)
 
     async def reopen_target(self, kind: Format, target: Edge) -> Edge:
         """Ends the writing edge and gives one for reading; a qcow2's tables are read again from the file."""
         await self.graph.detach(target)
         if kind == "raw":
-            return self.graph.attach(self.graph.find("file"), self.work, "target")
+            return self.attach(self.graph.find("file"), "target")
         await self.graph.remove("target")
         return await self._qcow2_target(read_only=True)
 
     async def _qcow2_target(self, *, read_only: bool) -> Edge:
         options = opt.Qcow2Options(node_name="target", file="file", backing=None, read_only=read_only)
-        return self.graph.attach(await self.opener.add(options), self.work, "target", writable=not read_only)
+        return self.attach(await self.opener.add(options), "target", writable=not read_only)
 
 
 @contextlib.asynccontextmanager
@@ -104,8 +116,11 @@ async def _bench(allow_backing: tuple[str, ...] = ()) -> AsyncIterator[_Bench]:
     bench = _Bench(allow_backing)
     try:
         yield bench
-    finally:
-        await bench.graph.close()
+    except BaseException:
+        with contextlib.suppress(FleecerError):  # what went wrong first is what is told
+            await bench.close()
+        raise
+    await bench.close()
 
 
 async def back_up(
@@ -180,7 +195,7 @@ async def check_equal(image: str, socket_path: str, export: str, *, report: Repo
         source = await bench.source(
             opt.NbdOptions(node_name="source", server=opt.UnixAddress(path=socket_path), export=export, read_only=True)
         )
-        other = bench.graph.attach(await bench.opener.add(_image_options(image, "image")), bench.work, "image")
+        other = bench.attach(await bench.opener.add(_image_options(image, "image")), "image")
         await _check_same(source, other, image, _during("verifying", report))
 
 

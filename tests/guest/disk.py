@@ -20,7 +20,6 @@ SCRIPTS = Path(__file__).parent
 WRITER = "/fleecer-writer"
 READER = "/fleecer-reader"
 
-BLOCK = 4096
 RING = 65536
 LINE = 16
 
@@ -122,13 +121,12 @@ def check_instant(files: dict[str, bytes]) -> None:
 
     ring = files["ring"]
     assert len(ring) == RING
-    blocks = [ring[at : at + BLOCK] for at in range(0, RING, BLOCK)]
-    old, new = text(last - 1, BLOCK), text(last, BLOCK)
-    for at, block in enumerate(blocks):
-        assert block in (old, new), f"block {at} of ring is of round {block[:LINE]!r}; the last round is {last}"
-    assert newest_whole or new not in blocks, "ring was written before the file that was synced first"
+    lines = {ring[at : at + LINE] for at in range(0, RING, LINE)}
+    old, new = text(last - 1, LINE), text(last, LINE)
+    assert lines <= {old, new}, f"ring is of rounds {sorted(lines)}; the last round is {last}"
+    assert newest_whole or new not in lines, "ring was written before the file that was synced first"
 
     afresh = files["afresh"]
     assert afresh in (text(last - 1, RING), text(last, len(afresh))), "afresh is of neither of the last two rounds"
     begun = len(afresh) < RING or afresh == text(last, RING)
-    assert not begun or blocks == [new] * len(blocks), "afresh was emptied before ring was synced"
+    assert not begun or lines == {new}, "afresh was emptied before ring was synced"

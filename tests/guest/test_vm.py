@@ -95,10 +95,11 @@ def live(story: Story, linux: disk.Linux, image: Path, place: Path) -> dict[str,
     """The machine's life: it writes, and is copied three times. Returns the backups, by title."""
     with serving(DISK, image, place / "run") as daemon:
         with booted(linux, daemon.socket, DISK, disk.WRITER) as machine:
-            machine.wait_for_rounds(10)
+            machine.wait_for_rounds(20)
             before, after, snapshot = command(machine, daemon, "snapshot", "create")
             story.copies["snapshot"] = Copy(before, after, place / "snapshot.raw")
             backups = {title: back_up(story, title, machine, daemon, place) for title in ("first", "second")}
+            machine.wait_for_rounds(20)
             run("nbdcopy", snapshot["disks"][0]["uri"], place / "snapshot.raw")
             _, _, listed = command(machine, daemon, "snapshot", "list")
             story.snapshot_disks = listed["snapshots"][0]["disks"]

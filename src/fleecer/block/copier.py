@@ -148,7 +148,7 @@ class Copier:
 
         `scratch` must be at least as large as the disk. `fresh` says that it was never written and reads as zeroes, so
         that zeroes need not be copied. `serialising` makes copies and overlapping requests on the scratch wait for each
-        other: needed when somebody reads the disk through the scratch, being in its backing chain (QEMU's first scheme).
+        other: needed when somebody reads the disk through the scratch, being in its backing chain (QEMU's old scheme).
         """
         snapshot = Snapshot(name, scratch, fresh=fresh, serialising=serialising)
         self._snapshots.append(snapshot)

@@ -81,7 +81,7 @@ class Node(abc.ABC):
         # Called by the edge after each read or status, before its outcome is used: raises once what is read through
         # this node has become untrue (a fleecing target whose snapshot broke).
         self.check: Callable[[], None] | None = None
-        # Claims for read-modify-write, shared by all edges to this node (edge.py); only nodes that need padding have one.
+        # Claims for read-modify-write, shared by all edges to this node (edge.py); only where padding is needed.
         self.padding = InFlight() if limits.request_alignment_bytes > 1 else None
 
     @abc.abstractmethod

@@ -33,6 +33,7 @@ from fleecer.block.nodes.raw import RawNode
 from fleecer.block.nodes.snapshot_access import SnapshotAccessNode
 from fleecer.block.nodes.throttle import ThrottleNode
 from fleecer.errors import CorruptImage, GraphError, UnsupportedFormat, UsageError, quoted
+from fleecer.net.listen import parse_port
 from fleecer.net.nbd_client import NbdClient
 from fleecer.net.stream import connect_tcp, connect_unix
 from fleecer.storage.file import open_file
@@ -243,9 +244,7 @@ async def _connect(options: opt.NbdOptions) -> NbdClient:
     if isinstance(server, opt.UnixAddress):
         stream = await connect_unix(server.path)
     else:
-        if not server.port.isdecimal():
-            raise UsageError(f"NBD server port {quoted(server.port)} is not a number")
-        stream = await connect_tcp(server.host, int(server.port))
+        stream = await connect_tcp(server.host, parse_port(server.port))
     return await NbdClient.connect(stream, options.export)
 
 

@@ -6,7 +6,6 @@ Ctrl-C. Commands are imported when they are needed, and libraries inside them, s
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 from collections.abc import Sequence
@@ -17,15 +16,7 @@ import click
 from fleecer import __version__
 from fleecer.errors import FleecerError, told
 
-_COMMANDS = {
-    "serve": "fleecer.cli.serve:serve",
-    "snapshot": "fleecer.cli.snapshot:snapshot",
-    "backup": "fleecer.cli.backup:backup",
-    "restore": "fleecer.cli.restore:restore",
-    "status": "fleecer.cli.status:status",
-    "demo": "fleecer.cli.demo:demo",
-    "storage-daemon": "fleecer.cli.storage_daemon:storage_daemon",
-}
+_COMMANDS = ("serve", "snapshot", "backup", "restore", "status", "demo", "storage-daemon")
 
 
 class _InterruptedError(Exception):
@@ -39,11 +30,23 @@ class _Commands(click.Group):
         return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        place = _COMMANDS.get(cmd_name)
-        if place is None:
-            return None
-        module, _, attribute = place.partition(":")
-        command: click.Command = getattr(importlib.import_module(module), attribute)
+        match cmd_name:
+            case "serve":
+                from fleecer.cli.serve import serve as command
+            case "snapshot":
+                from fleecer.cli.snapshot import snapshot as command
+            case "backup":
+                from fleecer.cli.backup import backup as command
+            case "restore":
+                from fleecer.cli.restore import restore as command
+            case "status":
+                from fleecer.cli.status import status as command
+            case "demo":
+                from fleecer.cli.demo import demo as command
+            case "storage-daemon":
+                from fleecer.cli.storage_daemon import storage_daemon as command
+            case _:
+                return None
         return command
 
     def invoke(self, ctx: click.Context) -> Any:

@@ -140,7 +140,7 @@ class Daemon:
             self.jobs.cancel_all(),
             self.snapshots.delete_all(),
             *(self.remove_export(export_id) for export_id in exports),
-            *(node.flush() for node in self.graph.nodes() if not node.read_only),
+            self._flush_all(),
             self.graph.close(),
         ]
         for step in steps:
@@ -148,5 +148,17 @@ class Daemon:
                 await step
             except FleecerError as error:
                 failures.append(error)
+        if failures:
+            raise failures[0]
+
+    async def _flush_all(self) -> None:
+        """Flushes every node, also those written to otherwise than by an export. Raises the first failure."""
+        failures: list[FleecerError] = []
+        for node in self.graph.nodes():
+            if not node.read_only:
+                try:
+                    await node.flush()
+                except FleecerError as error:
+                    failures.append(error)
         if failures:
             raise failures[0]

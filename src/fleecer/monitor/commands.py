@@ -17,10 +17,11 @@ from fleecer.block.graph import DRAIN_TIMEOUT_S
 from fleecer.block.node import Node
 from fleecer.block.nodes.file import FileNode
 from fleecer.daemon import Daemon, SnapshotPart, SnapshotSet
-from fleecer.errors import UsageError, quoted
+from fleecer.errors import UsageError
 from fleecer.export import Export
 from fleecer.jobs import BackupRequest, Job
 from fleecer.monitor.registry import COMMANDS, Context, command
+from fleecer.net.listen import parse_port
 
 Result = dict[str, Any]
 
@@ -152,16 +153,10 @@ async def nbd_server_start(
     if isinstance(addr, UnixListenAddress):
         server.listen_unix(addr.data.path)
     else:
-        server.listen_tcp(addr.data.host, _port(addr.data.port))
+        server.listen_tcp(addr.data.host, parse_port(addr.data.port))
     if max_connections:
         server.connections_max = max_connections
     return {}
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or int(text) > 65535:
-        raise UsageError(f"port {quoted(text)} is not a number up to 65535")
-    return int(text)
 
 
 @command

@@ -140,9 +140,17 @@ def parse_host_port(text: str, default_port: int) -> tuple[str, int]:
     if not colon or text.endswith("]"):
         host, port = text, str(default_port)
     host = host.removeprefix("[").removesuffix("]")
-    if not port.isdecimal() or int(port) > 65535:
-        raise UsageError(f"address {quoted(text)}: the port must be a number up to 65535, as in 127.0.0.1:10809")
-    return host, int(port)
+    try:
+        return host, parse_port(port)
+    except UsageError as error:
+        raise UsageError(f"address {quoted(text)}: {error}, as in 127.0.0.1:10809") from None
+
+
+def parse_port(text: str) -> int:
+    """A TCP port. Raises UsageError for what is no number of 0 to 65535 in plain digits."""
+    if not (text.isascii() and text.isdecimal() and len(text) <= 5 and int(text) <= 65535):
+        raise UsageError(f"port {quoted(text)} is not a number up to 65535")
+    return int(text)
 
 
 def _remove_stale(path: str) -> None:

@@ -11,13 +11,13 @@ from pathlib import Path
 
 import pytest
 from tests.nbd_world import HELLO
-from tests.serving_world import SIZE, Client, Serving, turns
+from tests.serving_world import SIZE, Client, OldClient, Serving, turns
 
+from fleecer.block.nodes.null import NullNode
 from fleecer.errors import InUse, IoError, NotFound, UsageError
 from fleecer.export import Export, server
 from fleecer.net.nbd_client import NbdClient
 from fleecer.net.stream import connect_tcp, connect_unix
-from fleecer.testing.memory import MemoryNode
 from fleecer.units import GiB, MiB
 from fleecer.wire.nbd import ExportUnknown
 
@@ -126,8 +126,6 @@ async def test_exports_count_what_their_clients_do(serving: Serving) -> None:
 
 
 async def test_an_export_of_a_huge_sparse_node_answers_status_over_what_one_request_spans(serving: Serving) -> None:
-    from fleecer.block.nodes.null import NullNode
-
     node = NullNode("null", 1 << 50)
     serving.graph.add(node, named=True)
     serving.server.add(Export("null", "null", serving.graph.attach(node, "export 'null'", "nbd")))
@@ -145,9 +143,7 @@ async def test_a_client_that_negotiates_for_too_long_is_dropped(
 ) -> None:
     monkeypatch.setattr(server, "HANDSHAKE_TIMEOUT_S", 0.02)
     quick = await serving.client()
-    slow = Client(serving.stream(), "disk")
-    slow.stream.pause()
-    await slow.ended()
+    await OldClient(serving.stream()).until_ended()
     assert "it entered no export in 0.02 s" in caplog.text
     await asyncio.sleep(0.03)  # the other's time would be up too
     assert serving.server.clients() == serving.server.clients(serving.export)
@@ -157,11 +153,10 @@ async def test_a_client_that_negotiates_for_too_long_is_dropped(
 async def test_a_full_server_makes_room_by_dropping_who_has_not_entered() -> None:
     serving = Serving(connections_max=2)
     inside = await serving.client()
-    lingering = Client(serving.stream(), "disk")
-    lingering.stream.pause()
+    lingering = OldClient(serving.stream())
     await turns()
     newcomer = await serving.client()
-    await lingering.ended()
+    await lingering.until_ended()
     assert not inside.endings
     assert len(serving.server.clients(serving.export)) == 2
     refused = Client(serving.stream(), "disk")
@@ -200,12 +195,12 @@ async def test_a_client_that_breaks_the_handshake_is_dropped_with_a_note(
 
 
 async def test_clients_in_the_handshake_are_sent_away_when_the_server_stops(serving: Serving) -> None:
-    client = Client(serving.stream(), "disk")
+    client = OldClient(serving.stream())
     client.stream.send([HELLO])
     await turns()
     assert len(serving.server.clients()) == 1
     await serving.server.stop()
-    await client.ended()
+    await client.until_ended()
 
 
 # Over real sockets.
@@ -242,7 +237,3 @@ async def test_a_client_that_dies_in_mid_request_leaves_nothing(serving: Serving
     sock.close()
     while serving.server.clients():
         await asyncio.sleep(0)
-
-
-async def test_memory_nodes_are_as_large_as_their_content() -> None:
-    assert MemoryNode("memory", b"abc").size == 3

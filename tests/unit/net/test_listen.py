@@ -116,30 +116,25 @@ async def test_closing_does_not_remove_a_socket_that_took_the_place_of_ours(tmp_
     second.close()
 
 
-async def test_processes_of_other_users_are_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("uid", "let_in"), [(1234, True), (0, True), (1235, False)])
+async def test_only_this_user_and_root_are_let_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uid: int, let_in: bool
+) -> None:
     door = Door()
-    listener = listen_unix(str(tmp_path / "s"), door, same_user_only=True)
-    loop = asyncio.get_running_loop()
 
-    async def come_and_read(uid: int) -> bytes:
-        monkeypatch.setattr(listen, "_peer_uid", lambda sock: uid)
-        with socket.socket(socket.AF_UNIX) as sock:
-            sock.setblocking(False)
-            await loop.sock_connect(sock, str(tmp_path / "s"))
-            reading = asyncio.ensure_future(loop.sock_recv(sock, 1))
-            while not reading.done() and not door.streams:
-                await asyncio.sleep(0)
-            if door.streams:
-                door.streams.pop().abort()
-            return await reading
+    def let_in_and_out(stream: SocketStream) -> None:
+        door(stream)
+        stream.abort()
 
+    listener = listen_unix(str(tmp_path / "s"), let_in_and_out, same_user_only=True)
     monkeypatch.setattr(os, "geteuid", lambda: 1234)
-    accepted: list[int] = []
-    for uid in (1234, 0, 1235):
-        before = len(door.streams)
-        await come_and_read(uid)
-        accepted.append(before)
-    monkeypatch.undo()
+    monkeypatch.setattr(listen, "_peer_uid", lambda sock: uid)
+    loop = asyncio.get_running_loop()
+    with socket.socket(socket.AF_UNIX) as sock:
+        sock.setblocking(False)
+        await loop.sock_connect(sock, str(tmp_path / "s"))
+        assert await loop.sock_recv(sock, 1) == b""  # either way it ends, let in or not
+    assert bool(door.streams) == let_in
     listener.close()
 
 
@@ -217,7 +212,7 @@ def test_addresses_are_parsed(text: str, parsed: tuple[str, int]) -> None:
     assert parse_host_port(text, 7) == parsed
 
 
-@pytest.mark.parametrize("text", ["localhost:http", "localhost:65536", "localhost:-1", "localhost:", "a:\u0663"])
-def test_a_port_that_is_none_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="the port must be a number up to 65535"):
-        parse_host_port(text, 7)
+@pytest.mark.parametrize("port", ["http", "65536", "-1", "", "\u0663", "9" * 9999])
+def test_a_port_that_is_none_is_refused(port: str) -> None:
+    with pytest.raises(UsageError, match="is not a number up to 65535, as in 127"):
+        parse_host_port(f"localhost:{port}", 7)

@@ -138,6 +138,7 @@ async def _daemon(directory: str, disk: Disk, say: Tell) -> AsyncIterator[str]:
         *("-m", "fleecer", "serve", f"{NAME}={disk.path}", "--run-dir", run_directory),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
+        start_new_session=True,  # Ctrl-C is for us; the daemon is ended when nothing needs it any more
     )
     try:
         assert process.stdout is not None, "it was asked for"

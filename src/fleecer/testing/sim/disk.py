@@ -1,9 +1,9 @@
 """A simulated disk: a storage with a volatile cache, whose requests take seeded time, tear, fail, and lose power.
 
 Fault model
-- A request is submitted, takes effect on the content at one or two later moments (*torn* between sectors), and completes
-  after that. Requests in flight overtake each other. Times have a heavy tail: some are a thousand times
-  slower than most.
+- A request is submitted, takes effect on the content at one or two later moments (*torn* between sectors), and
+  completes after that. Requests in flight overtake each other. Times have a heavy tail: some are a thousand times
+  longer than most.
 - What was written is readable once it has taken effect. It is durable once a sync that was submitted after the write
   had completed has completed itself. Until then, from its submission on, any subset of its sectors may be on the
   medium after a power cut, in any order with other such writes.
