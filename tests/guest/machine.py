@@ -69,8 +69,10 @@ def booted(linux: Linux, socket: Path, export: str, init: str) -> Iterator[Machi
             tool("qemu-system-x86_64"),
             *("-accel", os.environ.get("ACCEL", "tcg"), "-m", "256"),
             *("-kernel", linux.kernel, "-initrd", linux.initrd, "-append"),
-            f"console=ttyS0 root=/dev/vda rw rootfstype=ext4 modules=ext4,virtio_blk quiet init={init}",
-            *("-drive", f"driver=nbd,server.type=unix,server.path={socket},export={export},if=virtio,discard=unmap"),
+            f"console=ttyS0 root=/dev/vda rw rootfstype=ext4 modules=ext4,virtio_blk quiet panic=-1 init={init}",
+            "-drive",
+            f"driver=nbd,server.type=unix,server.path={socket},export={export},if=virtio,discard=unmap,"
+            "werror=report,rerror=report",
             *("-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot"),
         ],
         stdin=subprocess.PIPE,

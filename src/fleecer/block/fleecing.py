@@ -23,7 +23,7 @@ from fleecer.block.edge import Edge
 from fleecer.block.graph import DRAIN_TIMEOUT_S, FILTER_ROLE, Graph
 from fleecer.block.node import Node
 from fleecer.block.nodes.copy_before_write import CopyBeforeWriteNode
-from fleecer.errors import FleecerError, UsageError, quoted
+from fleecer.errors import UsageError, quoted
 
 
 @dataclasses.dataclass(slots=True)
@@ -82,15 +82,19 @@ async def cut(graph: Graph, plans: Sequence[Plan], *, timeout_s: float = DRAIN_T
         check_scratch(plan.node, plan.scratch.node)
         if plan.filter_name is not None:
             graph.claim_name(plan.filter_name)
-    edges: dict[int, Edge] = {}
-    for plan in plans:
-        edges.update((id(edge), edge) for edge in graph.edges_to_cover(plan.node, plan.scratch.node))
+
+    def covered() -> list[Edge]:
+        chosen: dict[int, Edge] = {}
+        for plan in plans:
+            chosen.update((id(edge), edge) for edge in graph.edges_to_cover(plan.node, plan.scratch.node))
+        return list(chosen.values())
+
     done: list[Fleece] = []
-    async with graph.drained(list(edges.values()), timeout_s=timeout_s):
+    async with graph.drained(covered, timeout_s=timeout_s):
         try:
             for plan in plans:
                 done.append(_cut_one(graph, plan))  # noqa: PERF401 - if one fails, those done are taken back
-        except FleecerError:
+        except BaseException:
             for fleece in reversed(done):
                 _uncut_drained(graph, fleece)
             raise
@@ -148,8 +152,7 @@ async def uncut(graph: Graph, fleece: Fleece, *, timeout_s: float = DRAIN_TIMEOU
     filter_node = fleece.filter
     if filter_node.copier.snapshots or filter_node not in graph.nodes():
         return
-    parents = graph.parents(filter_node)
-    async with graph.drained(parents, timeout_s=timeout_s):
+    async with graph.drained(lambda: graph.parents(filter_node), timeout_s=timeout_s):
         if filter_node.copier.snapshots or filter_node not in graph.nodes():
             return  # somebody took a snapshot, or the filter out, while we waited our turn
         graph.bypass(filter_node)

@@ -6,6 +6,8 @@ Invariants:
 - A live change closes the gates of all edges concerned, waits until no request is in flight behind any, changes, and
   opens them: what is done inside `drained` is one instant for every request.
 - One drain at a time; those who drain wait for one another, and never while they hold a gate.
+- Of two edges to be drained, one of which serves the other's requests, the upper one comes to rest first.
+- A node is closed when nothing is in flight on its edges to its children.
 """
 
 from __future__ import annotations
@@ -13,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-from collections.abc import AsyncIterator, Collection, Iterable
+from collections.abc import AsyncIterator, Callable, Collection, Iterable
 
 from fleecer.block.edge import Edge
 from fleecer.block.node import Node
@@ -105,7 +107,7 @@ class Graph:
         finally:
             children, node.children = node.children, ()
             for edge in children:
-                await self.detach(edge)
+                await self.drain_and_detach(edge)  # a copy that was given up may be in flight on it
             self._edges.pop(node, None)
 
     # Edges.
@@ -180,31 +182,39 @@ class Graph:
     # Changing the graph under way.
 
     @contextlib.asynccontextmanager
-    async def drained(self, edges: Collection[Edge], *, timeout_s: float = DRAIN_TIMEOUT_S) -> AsyncIterator[None]:
-        """Inside, no request is in flight on any of `edges`, and none starts. They go on when it is left.
+    async def drained(
+        self, choose: Callable[[], Iterable[Edge]], *, timeout_s: float = DRAIN_TIMEOUT_S
+    ) -> AsyncIterator[None]:
+        """Inside, no request is in flight on the edges that `choose` names, and none starts. They go on when it is left.
 
-        Raises IoError (ETIMEDOUT) naming the edge whose requests did not end in `timeout_s`; then all go on as before.
+        `choose` is asked again after each wait, so that what was attached meanwhile is drained too. Raises IoError
+        (ETIMEDOUT) naming the edge whose requests did not end in `timeout_s`; then all go on as before.
         """
         async with self._drain_lock:
+            deadline = asyncio.get_running_loop().time() + timeout_s
             closed: list[Edge] = []
             try:
-                for edge in edges:
-                    edge.close_gate()
-                    closed.append(edge)
-                await _all_idle(closed, timeout_s)
+                while upper := self._uppermost([edge for edge in choose() if edge not in closed]):
+                    for edge in upper:
+                        edge.close_gate()
+                        closed.append(edge)
+                    await _all_idle(upper, deadline, timeout_s)
                 yield
             finally:
                 for edge in closed:
                     edge.open_gate()
 
     def edges_to_cover(self, node: Node, target: Node | None = None) -> list[Edge]:
-        """The edges a filter put above `node` takes over: all that lead to it, save those from below `target`.
+        """The edges a filter put above `node` takes over: all that write to it, save those from below `target`.
 
         `target` is what the filter copies to: where `node` is in its backing chain, that edge must go on to read
-        `node` itself, else the filter would stand above its own target.
+        `node` itself, else the filter would stand above its own target. Readers stay: they miss nothing, and a target
+        that is to be used later keeps its way to the disk.
         """
         below = self._subtree_edges(target) if target is not None else set()
-        return [edge for edge in self._edges[node] if id(edge) not in below and edge.role != SNAPSHOT_ROLE]
+        return [
+            edge for edge in self._edges[node] if edge.writable and id(edge) not in below and edge.role != SNAPSHOT_ROLE
+        ]
 
     def insert(self, filter_node: Node, below: Edge, covered: Iterable[Edge]) -> None:
         """Puts `filter_node` between the drained edges `covered` and their node, to which its edge `below` leads.
@@ -241,6 +251,13 @@ class Graph:
             edge.node = node
             self._edges[node].append(edge)
 
+    def _uppermost(self, edges: list[Edge]) -> list[Edge]:
+        """Those of `edges` that serve no requests of the others."""
+        if len(edges) < 2:
+            return edges
+        below = set[int]().union(*(self._subtree_edges(node) for node in {edge.node for edge in edges}))
+        return [edge for edge in edges if id(edge) not in below]
+
     def _subtree_edges(self, top: Node) -> set[int]:
         found: set[int] = set()
         heap = [top]
@@ -262,12 +279,12 @@ def _check_permissions(node: Node, edge: Edge, others: Iterable[Edge]) -> None:
                 )
 
 
-async def _all_idle(edges: Collection[Edge], timeout_s: float) -> None:
+async def _all_idle(edges: Collection[Edge], deadline: float, timeout_s: float) -> None:
     busy = [edge for edge in edges if edge.busy]
     if not busy:
         return
     try:
-        async with asyncio.timeout(timeout_s):
+        async with asyncio.timeout_at(deadline):
             for edge in busy:
                 await edge.idle()
     except TimeoutError:

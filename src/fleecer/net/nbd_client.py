@@ -3,6 +3,7 @@
 Invariants:
 - A request ends with the server's answer, or, when the connection is lost or the server breaks the protocol, with an
   IoError that says which; none is left waiting.
+- Once the server has said that it is shutting down, nothing more is asked of it ("Terminating the transmission phase").
 - What a read returns is private to its caller.
 """
 
@@ -172,6 +173,10 @@ class NbdClient:
             future = self._replies.pop(reply.cookie)
             if not future.done():
                 future.set_result(reply)
+            if reply.error == errno.ESHUTDOWN and self._lost is None:
+                detail = "the server is shutting down"
+                self._lost = IoError(errno.ESHUTDOWN, self._stream.peer, "NBD connection", detail=detail)
+                self._codec.disconnect()
         self._send()
         if self._codec.ready and not self._ready.done():
             self._ready.set_result(None)

@@ -23,11 +23,14 @@ import socket
 from collections.abc import Sequence
 from typing import Protocol
 
-from fleecer.errors import IoError, quoted
+from fleecer.errors import IoError
 from fleecer.ranges import Buffer
+from fleecer.units import KiB
 
 _PIECES_MAX = 512  # buffers in one sendmsg, below every kernel's limit of 1024
 _RECEIVES_MAX = 4  # receives a turn before other streams get theirs
+_LINGER_S = 1.0  # how long a TCP connection that we closed waits for the peer to close its side
+_DISCARD_BYTES = 64 * KiB
 
 
 class Receiver(Protocol):
@@ -47,7 +50,10 @@ class Receiver(Protocol):
 
 
 class Stream(abc.ABC):
-    """One connected byte stream. `queued_bytes` is what `send` was given and the kernel has not taken."""
+    """One connected byte stream. `queued_bytes` is what `send` was given and the kernel has not taken.
+
+    `peer` names the other end in messages.
+    """
 
     queued_bytes: int
     peer: str
@@ -90,6 +96,7 @@ class SocketStream(Stream):
         self._queue: collections.deque[Buffer] = collections.deque()
         self._paused = True
         self._closing = False
+        self._lingering: asyncio.TimerHandle | None = None
 
     def begin(self, receiver: Receiver) -> None:
         """See `Stream.begin`."""
@@ -141,7 +148,7 @@ class SocketStream(Stream):
             self.pause()
             self._closing = True
             if not self._queue:
-                self._end_soon(None)
+                self._end_in_order(self._sock)
 
     def abort(self) -> None:
         """See `Stream.abort`."""
@@ -198,9 +205,36 @@ class SocketStream(Stream):
             return
         self._loop.remove_writer(self._fd)
         if self._closing:
-            self._end_soon(None)
+            self._end_in_order(sock)
         elif self._receiver is not None:
             self._receiver.sent()
+
+    def _end_in_order(self, sock: socket.socket) -> None:
+        """Ends the stream without loss of what the kernel still has to send.
+
+        A TCP socket that is closed while it has, or gets, something unread is reset, and the peer loses the rest. So
+        only our side is closed at first, and what still comes is thrown away until the peer has closed its own.
+        """
+        if sock.family == socket.AF_UNIX:
+            self._end_soon(None)
+            return
+        try:
+            sock.shutdown(socket.SHUT_WR)
+        except OSError:  # the peer is gone already
+            self._end_soon(None)
+            return
+        self._loop.add_reader(self._fd, self._discard)
+        self._lingering = self._loop.call_later(_LINGER_S, self._end_soon, None)
+
+    def _discard(self) -> None:
+        try:
+            if self._sock is None or self._sock.recv(_DISCARD_BYTES):
+                return
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:  # reset by the peer, which is one way to close its side
+            pass
+        self._end_soon(None)
 
     def _failure(self, operation: str, error: OSError) -> IoError:
         return IoError(error.errno or errno.EIO, self.peer, operation, detail=error.strerror or str(error))
@@ -211,6 +245,8 @@ class SocketStream(Stream):
             return
         self._loop.remove_reader(self._fd)
         self._loop.remove_writer(self._fd)
+        if self._lingering is not None:
+            self._lingering.cancel()
         self._queue.clear()
         self.queued_bytes = 0
         sock.close()
@@ -263,4 +299,4 @@ async def _connect(sock: socket.socket, address: object, peer: str) -> SocketStr
     except BaseException:
         sock.close()
         raise
-    return SocketStream(sock, quoted(peer))
+    return SocketStream(sock, peer)

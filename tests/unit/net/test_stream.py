@@ -407,7 +407,7 @@ async def test_tcp_connections_are_tried_address_by_address() -> None:
         accepted, _ = await loop.sock_accept(listener)
         accepted.close()
         stream.abort()
-    assert stream.peer == f"'two.example:{port}'"
+    assert stream.peer == f"two.example:{port}"
 
 
 # The fake's own promises.

@@ -1,0 +1,64 @@
+"""Run directories: one daemon each."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fleecer.errors import InUse, UsageError
+from fleecer.rundir import claimed, default_run_directory
+
+
+def test_a_run_directory_is_made_for_its_owner_alone_and_can_be_claimed_again(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "run"
+    for _ in range(2):
+        with claimed(str(path)) as given:
+            assert given == str(path)
+            assert path.stat().st_mode & 0o777 == 0o700
+            assert (path / "daemon.lock").read_text() == f"{os.getpid()}\n"
+
+
+def test_a_second_claim_names_the_process_that_has_it(tmp_path: Path) -> None:
+    with claimed(str(tmp_path / "run")), pytest.raises(InUse) as caught, claimed(str(tmp_path / "run")):
+        pass
+    assert str(caught.value) == f"run directory '{tmp_path / 'run'}' is in use by process {os.getpid()}"
+
+
+def test_a_claim_ends_with_its_process_and_sockets_left_behind_are_removed(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    script = "import os, sys\nfrom fleecer.rundir import claimed\nwith claimed(sys.argv[1]): os._exit(9)"
+    assert subprocess.run([sys.executable, "-c", script, str(path)], check=False).returncode == 9
+    (path / "nbd.sock").write_bytes(b"")
+    (path / "qmp.sock").write_bytes(b"")
+    with claimed(str(path)):
+        assert os.listdir(path) == ["daemon.lock"]
+
+
+def test_a_directory_that_others_can_write_to_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "run"
+    path.mkdir()
+    path.chmod(0o770)
+    with pytest.raises(UsageError, match="can be written to by other users; make it yours alone"), claimed(str(path)):
+        pass
+
+
+def test_a_path_too_long_for_sockets_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    path = tmp_path / ("x" * 100)
+    with pytest.raises(UsageError, match="its sockets' paths would be longer than 107 bytes"), claimed(str(path)):
+        pass
+    assert not path.exists()
+
+
+def test_the_default_is_told_by_user_and_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    assert default_run_directory() == "/run/fleecer"
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1000")
+    assert default_run_directory() == "/run/user/1000/fleecer"
+    monkeypatch.delenv("XDG_RUNTIME_DIR")
+    with pytest.raises(UsageError, match="name one with --run-dir"):
+        default_run_directory()
