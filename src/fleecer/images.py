@@ -179,6 +179,10 @@ async def restore(
         old = await open_file(target) if existing is not None else None
         if in_place and old is not None:
             bench.hold(old)
+            if old.size < source.size:
+                raise UsageError(
+                    f"target {quoted(target)} has {old.size} bytes, too few for the backup's {source.size}"
+                )
             written = await _write_and_verify(bench, source, target, kind, report)
         else:
             try:

@@ -152,11 +152,18 @@ def _nested_address(tree: keyval.Tree) -> keyval.Tree:
 
 @contextlib.contextmanager
 def _pidfile(path: str) -> Iterator[None]:
-    """Holds this process's number in a file, which goes at the end. Raises IoError; an existing file is replaced."""
+    """Holds this process's number in a file, which goes at the end. Raises IoError; an existing file is replaced.
+
+    It appears whole: whoever waits for it may read it at once.
+    """
+    hidden = f"{path}.{os.getpid()}"
     try:
-        with open(path, "w", encoding="ascii") as file:
+        with open(hidden, "x", encoding="ascii") as file:
             file.write(f"{os.getpid()}\n")
+        os.rename(hidden, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(hidden)
         raise IoError(error.errno or errno.EIO, path, "write the pidfile") from error
     try:
         yield

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from fleecer.cli.qmp_client import QmpClient
 from fleecer.units import KiB, MiB
 from tests.cli_world import (
     ENVIRONMENT,
@@ -130,6 +131,19 @@ def test_a_snapshot_may_be_of_some_disks_named_and_kept_elsewhere(tmp_path: Path
         assert told == f"create a scratch file in on '{tmp_path / 'absent'}': No such file or directory"
 
 
+def test_uris_are_encoded_so_that_clients_understand_them(tmp_path: Path) -> None:
+    (tmp_path / "a dir&x=1+2%").mkdir()
+    raw_image(tmp_path / "a dir&x=1+2%" / "a.raw", 5 * KiB)
+    with Serving(tmp_path / "a dir&x=1+2%", "dísk+?#%41=a.raw") as daemon:
+        (uri,) = daemon.uris.values()
+        assert "%20dir%26x%3D1%2B2%25/run/nbd.sock" in uri
+        assert peer("nbdinfo", "--size", uri) == f"{5 * KiB}\n"
+        (snapshot,) = daemon.snapshot("--name", "s+1")
+        assert peer("nbdinfo", "--size", snapshot) == f"{5 * KiB}\n"
+        listed = json.loads(peer("nbdinfo", "--json", snapshot))["exports"]
+        assert [export["export-name"] for export in listed] == ["dísk+?#%41@s+1"]
+
+
 def test_one_disk_is_the_default_export(tmp_path: Path) -> None:
     raw_image(tmp_path / "only.raw", 5 * KiB)
     with Serving(tmp_path, "only.raw") as daemon:
@@ -143,8 +157,6 @@ def test_the_orderly_end_is_status_zero_and_everything_is_in_the_image(tmp_path:
         daemon.snapshot()
         write(daemon.uris["a"], "write -P 5 0 3M")
         if how == "quit":
-            from fleecer.cli.qmp_client import QmpClient
-
             with QmpClient(f"{daemon.run_dir}/qmp.sock") as client:
                 assert client.execute("quit") == {}
             _, err = daemon.process.communicate(timeout=TIMEOUT_S)
@@ -176,16 +188,17 @@ def test_kill_9_loses_nothing_that_a_flush_acknowledged_and_leaves_no_scratch(tm
 
 
 def test_a_second_signal_gives_up_at_once(tmp_path: Path) -> None:
-    # A throttled disk cannot come to rest quickly, so that there is time for a second signal.
+    # A read that takes long holds up the orderly end, so that there is time for a second signal.
     raw_image(tmp_path / "a.raw", 8 * MiB)
     process = subprocess.Popen(
         [
             *PROGRAM,
             "storage-daemon",
             *("--blockdev", "driver=file,node-name=f,filename=a.raw"),
-            *("--blockdev", "driver=delay,node-name=d,file=f,read_s=50"),
+            *("--blockdev", "driver=delay,node-name=d,file=f,read-s=50"),
             *("--nbd-server", "addr.type=unix,addr.path=nbd.sock"),
             *("--export", "nbd,id=d,node-name=d"),
+            *("--chardev", "socket,id=m,path=q.sock,server=on", "--monitor", "m"),
             *("--pidfile", "pid"),
         ],
         cwd=tmp_path,
@@ -203,7 +216,9 @@ def test_a_second_signal_gives_up_at_once(tmp_path: Path) -> None:
         stderr=subprocess.DEVNULL,
     )
     try:
-        _until_reading(tmp_path)
+        with QmpClient(f"{tmp_path}/q.sock") as client:
+            while not client.execute("query-disks")[0]["reads"]:
+                assert time.monotonic() < deadline
         process.send_signal(signal.SIGTERM)
         while (tmp_path / "nbd.sock").exists():
             assert time.monotonic() < deadline
@@ -217,13 +232,6 @@ def test_a_second_signal_gives_up_at_once(tmp_path: Path) -> None:
             process.wait()
         reader.kill()
         reader.wait()
-
-
-def _until_reading(directory: Path) -> None:
-    """Returns when the delayed read has reached the daemon: a second client is served after it, in order of arrival."""
-    # The handshake of the first reader comes before that of this one; its first read follows at once.
-    for _ in range(20):
-        peer("nbdinfo", "--size", f"nbd+unix:///d?socket={directory}/nbd.sock")
 
 
 def test_a_daemon_that_is_not_there_is_told_of_with_what_to_do(tmp_path: Path) -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tests.guest.disk import Linux
 from tests.guest.processes import HANG_S, Lines, end, tool
+
+COMMAND_LINE = "console=ttyS0 root=/dev/vda rw rootfstype=ext4 modules=ext4,virtio_blk quiet panic=-1"
+DRIVE = "if=virtio,discard=unmap,werror=report,rerror=report"
+"""The guest is to see every error: QEMU would stop the machine for some."""
 
 
 class Machine:
@@ -44,8 +48,8 @@ class Machine:
         """A round that begins after this call did."""
         self._marks += 1
         assert self._process.stdin is not None
-        self._process.stdin.write(f"{self._marks}\n")
-        self._process.stdin.flush()
+        with suppress(BrokenPipeError):  # the machine is gone, and the next line tells what it said last
+            os.write(self._process.stdin.fileno(), b"%d\n" % self._marks)
         return int(self.wait_for(rf"MARK {self._marks} \d+").split()[2])
 
     def wait_for_the_end(self) -> None:
@@ -68,11 +72,8 @@ def booted(linux: Linux, socket: Path, export: str, init: str) -> Iterator[Machi
         [
             tool("qemu-system-x86_64"),
             *("-accel", os.environ.get("ACCEL", "tcg"), "-m", "256"),
-            *("-kernel", linux.kernel, "-initrd", linux.initrd, "-append"),
-            f"console=ttyS0 root=/dev/vda rw rootfstype=ext4 modules=ext4,virtio_blk quiet panic=-1 init={init}",
-            "-drive",
-            f"driver=nbd,server.type=unix,server.path={socket},export={export},if=virtio,discard=unmap,"
-            "werror=report,rerror=report",
+            *("-kernel", linux.kernel, "-initrd", linux.initrd, "-append", f"{COMMAND_LINE} init={init}"),
+            *("-drive", f"driver=nbd,server.type=unix,server.path={socket},export={export},{DRIVE}"),
             *("-nodefaults", "-display", "none", "-serial", "stdio", "-no-reboot"),
         ],
         stdin=subprocess.PIPE,

@@ -16,6 +16,7 @@ LAYERS = {
     "units": 0.1,
     "ranges": 0.2,
     "eager": 0.2,
+    "keyval": 0.2,
     "wire": 1,
     "formats": 1,
     "storage": 2,
@@ -29,6 +30,7 @@ LAYERS = {
     "rundir": 6,
     "runner": 6,
     "app": 7,
+    "storage_daemon": 7.5,
     "testing": 7,
     "cli": 8,
 }

@@ -9,11 +9,13 @@ from pathlib import Path
 import pytest
 
 from fleecer import images
+from fleecer.block.graph import Graph
 from fleecer.block.nodes.file import FileNode
-from fleecer.errors import CorruptImage, IoError, PermissionConflict, UsageError
+from fleecer.block.nodes.qcow2 import create_qcow2
+from fleecer.errors import CorruptImage, IoError, PermissionConflict, UnsupportedFormat, UsageError
 from fleecer.jobs import transfer
 from fleecer.ranges import Buffer
-from fleecer.storage.file import open_file
+from fleecer.storage.file import create_file, open_file
 from fleecer.units import KiB, MiB
 
 
@@ -137,6 +139,26 @@ async def test_a_link_is_followed_to_what_is_replaced(tmp_path: Path, backup: st
     await images.restore(backup, str(tmp_path / "link.raw"), force=True)
     assert (tmp_path / "link.raw").is_symlink()
     assert content(tmp_path / "real.raw") == content(backup)
+
+
+async def test_a_backup_with_a_backing_file_is_restored_whole_where_that_may_be_opened(
+    tmp_path: Path, backup: str
+) -> None:
+    (tmp_path / "layers").mkdir()
+    layer = tmp_path / "layers" / "top.qcow2"
+    graph = Graph()
+    try:
+        storage = await create_file(str(layer))
+        graph.add(FileNode("file", storage), named=True)
+        edge = graph.attach(graph.find("file"), "test", "file", writable=True, may_grow=True)
+        await create_qcow2(edge, os.path.getsize(backup), backing_file=backup, backing_format="raw")
+        graph.forget(edge)
+    finally:
+        await graph.close()
+    with pytest.raises(UnsupportedFormat, match=f"--allow-backing '{tmp_path}' would allow it"):
+        await images.restore(str(layer), str(tmp_path / "new.raw"))
+    await images.restore(str(layer), str(tmp_path / "new.raw"), allow_backing=(str(tmp_path),))
+    assert content(tmp_path / "new.raw") == content(backup)
 
 
 async def test_a_target_whose_format_nothing_tells_is_refused(tmp_path: Path, backup: str) -> None:

@@ -32,13 +32,15 @@ from fleecer import eager
 from fleecer.block.bitmap import Bitmap
 from fleecer.block.edge import Edge
 from fleecer.block.inflight import Claim, InFlight
-from fleecer.errors import FleecerError, IoError, SnapshotBroken, told
-from fleecer.ranges import is_zero
+from fleecer.errors import FleecerError, IoError, SnapshotBroken, UsageError, told
+from fleecer.ranges import is_power_of_two, is_zero
 from fleecer.units import KiB, MiB
 
 OnError = Literal["break-snapshot", "break-guest-write"]
 
 CLUSTER_SIZE_BYTES = 64 * KiB
+CLUSTER_SIZE_MIN = 512
+CLUSTER_SIZE_MAX = 64 * MiB
 TIMEOUT_S = 15.0
 """How long a guest's write waits for a copy unless told otherwise: well below the 30 s after which guests give up."""
 COPY_MAX_BYTES = 1 * MiB
@@ -108,9 +110,9 @@ class _Copy:
 class Copier:
     """The snapshots of one disk, and the copying for them. `source` is the disk below the filter.
 
-    `cluster_size_bytes` is the unit of copying, a power of two. `timeout_s` bounds how long one change waits for
-    copies and readers; 0 for no bound. `freeze=False` leaves frozen reads unprotected, for tests that must show what
-    goes wrong without.
+    `cluster_size_bytes` is the unit of copying, a power of two; UsageError for what is none, or out of all proportion.
+    `timeout_s` bounds how long one change waits for copies and readers; 0 for no bound. `freeze=False` leaves frozen
+    reads unprotected, for tests that must show what goes wrong without.
     """
 
     def __init__(
@@ -122,6 +124,10 @@ class Copier:
         timeout_s: float = TIMEOUT_S,
         freeze: bool = True,
     ) -> None:
+        if not is_power_of_two(cluster_size_bytes) or not CLUSTER_SIZE_MIN <= cluster_size_bytes <= CLUSTER_SIZE_MAX:
+            raise UsageError(
+                f"cluster size {cluster_size_bytes} is no power of two from {CLUSTER_SIZE_MIN} to {CLUSTER_SIZE_MAX}"
+            )
         self.source = source
         self.cluster_size_bytes = cluster_size_bytes
         self.on_error = on_error

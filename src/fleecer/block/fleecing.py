@@ -9,7 +9,7 @@ Invariants:
   the last. Either every disk is cut or none is, and then the graph is as it was.
 - Copies serialise whenever the disk is anywhere in the target's backing chain.
 - A target through which the past is read directly answers no read once its snapshot broke or ended (`Node.check`):
-  it would be the disk's present.
+  it would be the disk's present. Nor is it used again for another instant: it would be a mixture.
 - Whoever writes to the disk otherwise than through the filter makes the cut fail.
 """
 
@@ -77,15 +77,17 @@ async def cut(graph: Graph, plans: Sequence[Plan], *, timeout_s: float = DRAIN_T
     and the scratch edges are still the caller's.
     """
     for plan in plans:
-        if plan.share:
-            plan.node = _shared_filter(graph, plan.node) or plan.node
         check_scratch(plan.node, plan.scratch.node)
+        if plan.scratch.node.check is not None:
+            target = quoted(plan.scratch.node.name)
+            raise UsageError(f"target {target} holds the past of an earlier instant; make a new one for each")
         if plan.filter_name is not None:
             graph.claim_name(plan.filter_name)
 
     def covered() -> list[Edge]:
         chosen: dict[int, Edge] = {}
         for plan in plans:
+            _look_for_filter(graph, plan)
             chosen.update((id(edge), edge) for edge in graph.edges_to_cover(plan.node, plan.scratch.node))
         return list(chosen.values())
 
@@ -102,6 +104,7 @@ async def cut(graph: Graph, plans: Sequence[Plan], *, timeout_s: float = DRAIN_T
 
 
 def _cut_one(graph: Graph, plan: Plan) -> Fleece:
+    _look_for_filter(graph, plan)  # the same disk may have been cut in this step under another name
     node, target = plan.node, plan.scratch.node
     if plan.share and isinstance(node, CopyBeforeWriteNode) and node.shared:
         snapshot = node.copier.take(plan.name, plan.scratch, fresh=plan.fresh)
@@ -118,19 +121,21 @@ def _cut_one(graph: Graph, plan: Plan) -> Fleece:
     filter_node = CopyBeforeWriteNode(plan.filter_name or graph.fresh_name(), copier, shared=plan.share)
     graph.insert(filter_node, source, covered)
     fleecing = graph.reaches(target, node)
-    snapshot = copier.take(plan.name, plan.scratch, fresh=plan.fresh, serialising=fleecing)
+    snapshot = copier.take(plan.name, plan.scratch, fresh=plan.fresh and not fleecing, serialising=fleecing)
     if fleecing:
         target.check = snapshot.check  # whoever reads the disk's past through the target hears of it if that breaks
     filter_node.follow_scratches()
     return Fleece(filter_node, snapshot, shared=plan.share)
 
 
-def _shared_filter(graph: Graph, node: Node) -> CopyBeforeWriteNode | None:
-    """The filter to share that stands on `node` already."""
+def _look_for_filter(graph: Graph, plan: Plan) -> None:
+    """Plans for the filter that stands on the disk already, if it may be shared."""
+    if not plan.share:
+        return
     for candidate in graph.nodes():
-        if isinstance(candidate, CopyBeforeWriteNode) and candidate.shared and candidate.child.node is node:
-            return candidate
-    return None
+        if isinstance(candidate, CopyBeforeWriteNode) and candidate.shared and candidate.child.node is plan.node:
+            plan.node = candidate
+            return
 
 
 def _uncut_drained(graph: Graph, fleece: Fleece) -> None:

@@ -185,7 +185,7 @@ class Graph:
     async def drained(
         self, choose: Callable[[], Iterable[Edge]], *, timeout_s: float = DRAIN_TIMEOUT_S
     ) -> AsyncIterator[None]:
-        """Inside, no request is in flight on the edges that `choose` names, and none starts. They go on when it is left.
+        """Inside, no request is in flight on the edges that `choose` names, and none starts. Later they go on.
 
         `choose` is asked again after each wait, so that what was attached meanwhile is drained too. Raises IoError
         (ETIMEDOUT) naming the edge whose requests did not end in `timeout_s`; then all go on as before.

@@ -10,6 +10,7 @@ Invariants:
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -32,7 +33,7 @@ from fleecer.block.nodes.qcow2 import open_qcow2, read_header
 from fleecer.block.nodes.raw import RawNode
 from fleecer.block.nodes.snapshot_access import SnapshotAccessNode
 from fleecer.block.nodes.throttle import ThrottleNode
-from fleecer.errors import CorruptImage, GraphError, UnsupportedFormat, UsageError, quoted
+from fleecer.errors import CorruptImage, FleecerError, GraphError, UnsupportedFormat, UsageError, quoted
 from fleecer.net.listen import parse_port
 from fleecer.net.nbd_client import NbdClient
 from fleecer.net.stream import connect_tcp, connect_unix
@@ -65,9 +66,11 @@ class Opener:
         self._graph.claim_name(name)
         async with self._undone_on_error() as edges:
             node = await self._make(name, options, edges, chain)
+            if options.discard == "ignore":
+                node.limits = dataclasses.replace(node.limits, can_discard=False)
             try:
                 self._graph.add(node, named=named)  # the name may have been taken while the image was opened
-            except GraphError:
+            except FleecerError:
                 await node.close()
                 raise
         return node
@@ -87,10 +90,7 @@ class Opener:
     ) -> Node:
         match options:
             case opt.FileOptions():
-                storage = await open_file(
-                    options.filename, read_only=options.read_only, locking=options.locking != "off"
-                )
-                return FileNode(name, storage)
+                return await _file(name, options)
             case opt.NullOptions():
                 return NullNode(name, options.size, read_zeroes=options.read_zeroes)
             case opt.NbdOptions():
@@ -132,14 +132,14 @@ class Opener:
     ) -> Edge:
         """An edge to an existing node, or to one made for it; noted in `edges`.
 
-        A node made for its parent is opened for writing exactly if the parent writes to it.
+        A node made for its parent goes with it, and is opened for writing exactly if the parent writes to it.
         """
         if isinstance(child, str):
             node = self._graph.find(child)
         else:
             if not writable and not child.read_only:
                 child = msgspec.structs.replace(child, read_only=True)
-            node = await self._open(child, named=child.node_name is not None, chain=chain)
+            node = await self._open(child, named=False, chain=chain)
         label = f"node {quoted(parent)}"
         try:
             edge = self._graph.attach(
@@ -191,7 +191,7 @@ class Opener:
             raise UnsupportedFormat(path, f"its backing chain is longer than {CHAIN_MAX} images, which is the limit")
         if recorded is None:
             problem = f"its backing file {quoted(named)} has no recorded format, and guessing is not safe"
-            raise UnsupportedFormat(path, f"{problem}; record it with: qemu-img rebase -u -b {named} -F FORMAT")
+            raise UnsupportedFormat(path, f"{problem}; record it with: qemu-img rebase -u -b {quoted(named)} -F FORMAT")
         found = resolve_backing(path, named, self._allow_backing)
         if file_identity(found) in chain:
             raise CorruptImage(
@@ -237,6 +237,15 @@ class Opener:
 def _image_name(node: Node) -> str:
     """What the user calls the image in a protocol node."""
     return node.storage.name if isinstance(node, FileNode) else node.name
+
+
+async def _file(name: str, options: opt.FileOptions) -> FileNode:
+    storage = await open_file(options.filename, read_only=options.read_only, locking=options.locking != "off")
+    try:
+        return FileNode(name, storage)
+    except FleecerError:
+        await storage.close()
+        raise
 
 
 async def _connect(options: opt.NbdOptions) -> NbdClient:

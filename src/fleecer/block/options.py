@@ -1,12 +1,12 @@
 """What a node is made from: the options of `blockdev-add` and `--blockdev`, typed, with QEMU's names where it has them.
 
 An option that is not listed is refused by name, never ignored. A child is given by the name of an existing node, or by
-its own options, nested.
+its own options, nested; then it belongs to its parent and goes with it, named or not.
 """
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import msgspec
 
@@ -15,10 +15,14 @@ from fleecer.block.nodes.fault import Operation
 from fleecer.errors import UsageError
 
 
+Size = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+Amount = Annotated[float, msgspec.Meta(ge=0)]
+
+
 class _Options(
     msgspec.Struct, tag_field="driver", rename="kebab", forbid_unknown_fields=True, kw_only=True, omit_defaults=True
 ):
-    """Common to every driver. A node without `node_name` belongs to its parent and goes with it."""
+    """Common to every driver. With `discard` "ignore" a discard that comes to the node does nothing."""
 
     node_name: str | None = None
     read_only: bool = False
@@ -26,7 +30,10 @@ class _Options(
 
 
 class FileOptions(_Options, tag="file"):
-    """A regular file or block device. `locking` "off" takes no locks: only for what nobody else can open."""
+    """A regular file or block device. `locking` "off" takes no locks: only for what nobody else can open.
+
+    `auto_read_only` is taken because clients of QEMU always give it; what cannot be opened for writing is refused.
+    """
 
     filename: str
     locking: Literal["auto", "on", "off"] = "auto"
@@ -56,7 +63,7 @@ class Qcow2Options(_Options, tag="qcow2"):
 class NullOptions(_Options, tag="null-co"):
     """No storage at all: reads give zeroes, writes are forgotten."""
 
-    size: int = 1 << 30
+    size: Size = 1 << 30
     read_zeroes: bool = True
 
 
@@ -86,8 +93,8 @@ class CopyBeforeWriteOptions(_Options, tag="copy-before-write"):
     file: Child
     target: Child
     on_cbw_error: OnError = "break-snapshot"
-    cbw_timeout: float = TIMEOUT_S
-    min_cluster_size: int = 0
+    cbw_timeout: Amount = TIMEOUT_S
+    min_cluster_size: Size = 0
 
 
 class SnapshotAccessOptions(_Options, tag="snapshot-access"):
@@ -100,17 +107,17 @@ class ThrottleOptions(_Options, tag="throttle"):
     """Limits requests and bytes a second, reads and writes together; 0 for no limit."""
 
     file: Child
-    iops_total: float = 0
-    bps_total: float = 0
+    iops_total: Amount = 0
+    bps_total: Amount = 0
 
 
 class DelayOptions(_Options, tag="delay"):
     """Makes requests slow: seconds each kind waits before it goes on."""
 
     file: Child
-    read_s: float = 0
-    write_s: float = 0
-    flush_s: float = 0
+    read_s: Amount = 0
+    write_s: Amount = 0
+    flush_s: Amount = 0
 
 
 class LogOptions(_Options, tag="log"):
@@ -126,11 +133,11 @@ class FaultRuleOptions(msgspec.Struct, rename="kebab", forbid_unknown_fields=Tru
     """
 
     operation: Operation
-    errno: int = 5
-    after: int = 0
-    times: int = 0
-    offset: int = 0
-    length: int = 0
+    errno: Annotated[int, msgspec.Meta(ge=1, le=4095)] = 5
+    after: Size = 0
+    times: Size = 0
+    offset: Size = 0
+    length: Size = 0
 
 
 class FaultOptions(_Options, tag="fault"):

@@ -22,9 +22,15 @@ from fleecer.units import format_size
     help="TARGET's format; without it its ending tells: .qcow2 .raw .img",
 )
 @click.option("--force", is_flag=True, help="Replace an existing file, or overwrite a block device.")
+@click.option("--allow-backing", multiple=True, metavar="DIR", help="Let BACKUP's backing files be in DIR too.")
 @json_option
 def restore(
-    backup: str, target: str, target_format: Literal["raw", "qcow2"] | None, force: bool, as_json: bool
+    backup: str,
+    target: str,
+    target_format: Literal["raw", "qcow2"] | None,
+    force: bool,
+    allow_backing: tuple[str, ...],
+    as_json: bool,
 ) -> None:
     """Write the image BACKUP into TARGET, read it back, and compare.
 
@@ -41,7 +47,10 @@ def restore(
         def report(phase: images.Phase, amount: Any) -> None:
             meter.show(target, phase, amount)
 
-        done = runner.run(images.restore(backup, target, format=target_format, force=force, report=report))
+        work = images.restore(
+            backup, target, format=target_format, force=force, allow_backing=allow_backing, report=report
+        )
+        done = runner.run(work)
     if as_json:
         print_json(
             {

@@ -19,7 +19,7 @@ from fleecer.block.node import Node
 from fleecer.block.opener import Opener
 from fleecer.daemon.events import Events
 from fleecer.daemon.snapshots import Snapshots
-from fleecer.errors import FleecerError, UsageError, quoted
+from fleecer.errors import FleecerError, InUse, UsageError, quoted
 from fleecer.export import Export, Server
 from fleecer.jobs import BackupJob, BackupRequest, JobTable, start_backups
 
@@ -115,7 +115,12 @@ class Daemon:
         return export
 
     async def remove_export(self, export_id: str, *, hard: bool = False) -> None:
-        """Withdraws an export; see `Server.remove`. What was written through it is flushed. Announced when done."""
+        """Withdraws an export; see `Server.remove`. What was written through it is flushed. Announced when done.
+
+        Raises InUse for a snapshot's export, which goes with its snapshot.
+        """
+        if self.server.export(export_id).snapshot_of:
+            raise InUse(f"export {quoted(export_id)} belongs to a snapshot and goes with it; delete the snapshot")
         export = await self.server.remove(export_id, hard=hard)
         try:
             if export.edge.writable:

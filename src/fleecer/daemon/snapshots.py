@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import datetime
+import logging
 import os
 import re
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ from fleecer.block.graph import DRAIN_TIMEOUT_S, SNAPSHOT_ROLE
 from fleecer.block.node import Node
 from fleecer.block.nodes.file import FileNode
 from fleecer.block.nodes.snapshot_access import SnapshotAccessNode
-from fleecer.errors import FleecerError, NotFound, UsageError, quoted
+from fleecer.errors import FleecerError, NotFound, UsageError, quoted, told
 from fleecer.export import Export
 from fleecer.storage.file import open_unlinked
 
@@ -35,6 +36,8 @@ if TYPE_CHECKING:
 
 PRESERVED_CONTEXT = "fleecer:preserved"
 """Metadata context of a snapshot's export: flag 1 where the old data is in its scratch, 0 where still on the disk."""
+
+_log = logging.getLogger(__name__)
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:+-]{0,127}")
 
@@ -136,7 +139,7 @@ class Snapshots:
             taken = SnapshotSet(name, created, [])
             try:
                 for export, fleece in zip(exports, fleeces, strict=True):
-                    taken.parts.append(self._publish(export, name, fleece))
+                    taken.parts.append(await self._publish(export, name, fleece))
             except BaseException:
                 for part in taken.parts:
                     await self._withdraw(part)
@@ -165,9 +168,10 @@ class Snapshots:
                 raise failure
 
     async def delete_all(self) -> None:
-        """Ends every snapshot: for shutting down."""
+        """Ends every snapshot, and returns when the scratches of broken ones are given back too: for shutting down."""
         for name in list(self._sets):
             await self.delete(name)
+        await asyncio.gather(*self._releasing)
 
     def _free_name(self, name: str | None) -> str:
         if name is None:
@@ -209,7 +213,7 @@ class Snapshots:
             raise
         return graph.attach(scratch, f"snapshot {quoted(snapshot)} of {export.name}", "scratch", writable=True)
 
-    def _publish(self, disk: Export, name: str, fleece: Fleece) -> SnapshotPart:
+    async def _publish(self, disk: Export, name: str, fleece: Fleece) -> SnapshotPart:
         graph, server = self._daemon.graph, self._daemon.server
         label = f"{disk.name}@{name}"
         filter_edge = graph.attach(fleece.filter, f"snapshot {quoted(label)}", SNAPSHOT_ROLE)
@@ -224,7 +228,11 @@ class Snapshots:
             contexts={PRESERVED_CONTEXT: access.preserved_status},
             snapshot_of=disk.name,
         )
-        server.add(export)
+        try:
+            server.add(export)
+        except FleecerError:
+            await graph.detach(edge)  # and with it what it led to
+            raise
         part = SnapshotPart(disk.name, access.size, fleece, access, export)
         fleece.snapshot.on_broken = lambda snapshot: self._broken(name, part, snapshot)
         return part
@@ -237,9 +245,15 @@ class Snapshots:
 
     def _broken(self, name: str, part: SnapshotPart, snapshot: Snapshot) -> None:
         self._daemon.events.announce("SNAPSHOT_BROKEN", {"name": name, "disk": part.disk, "cause": part.cause})
-        task = asyncio.get_running_loop().create_task(release_scratch(self._daemon.graph, part.fleece))
+        task = asyncio.get_running_loop().create_task(self._release(part))
         self._releasing.add(task)
         task.add_done_callback(self._releasing.discard)
+
+    async def _release(self, part: SnapshotPart) -> None:
+        try:
+            await release_scratch(self._daemon.graph, part.fleece)
+        except FleecerError as error:
+            _log.warning("giving back the scratch of snapshot %s: %s", part.export.name, told(error))
 
 
 def _image_directory(disk: str, node: Node) -> str:

@@ -5,7 +5,8 @@
     sync=full   the same, and copies all the rest besides; done when the target holds the whole disk of that instant
 
 Jobs started together share one instant. Where the disk is in the target's backing chain, the target answers reads only
-while the job is whole: afterwards it would show the disk's present, so it gives errors instead.
+while the job is whole: afterwards it would show the disk's present, so it gives errors instead, unless it has got the
+whole disk.
 """
 
 from __future__ import annotations
@@ -52,6 +53,7 @@ class BackupJob(Job):
         self.fleece = fleece
         self.sync = request.sync
         self._graph = graph
+        self._complete = False
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.progress_total = request.device.size
         fleece.snapshot.on_broken = self._broken
@@ -64,11 +66,16 @@ class BackupJob(Job):
             self._over.set_result(None)
 
     async def _work(self) -> None:
+        snapshot = self.fleece.snapshot
         if self.sync == "none":
             await self._over
-        else:
-            await self._copy_all()
-        self.fleece.snapshot.check()
+            snapshot.check()
+            return
+        await self._copy_all()
+        snapshot.check()
+        if not self.cancelled:
+            await snapshot.scratch.flush()
+            self._complete = True
 
     async def _copy_all(self) -> None:
         """Copies whatever no write has caused to be copied yet, a few steps at a time."""
@@ -98,20 +105,26 @@ class BackupJob(Job):
     async def _clean_up(self) -> None:
         snapshot = self.fleece.snapshot
         snapshot.on_broken = None
-        if snapshot.serialising:
+        if self._complete:
+            snapshot.scratch.node.check = None
+        elif snapshot.serialising:
             self.fleece.copier.break_snapshot(snapshot, f"fleecing job {quoted(self.job_id)} has ended")
         await uncut(self._graph, self.fleece)
 
 
-async def start_backups(
-    graph: Graph, table: JobTable, requests: Sequence[BackupRequest], announce: Announce
-) -> list[BackupJob]:
-    """Starts every backup asked for, all of the same instant. Raises before any is started if one cannot be."""
+def _check_ids(table: JobTable, requests: Sequence[BackupRequest]) -> None:
     ids = [request.job_id for request in requests]
     for job_id in ids:
         table.check_free(job_id)
         if ids.count(job_id) > 1:
             raise UsageError(f"job id {quoted(job_id)} is used twice; choose another")
+
+
+async def start_backups(
+    graph: Graph, table: JobTable, requests: Sequence[BackupRequest], announce: Announce
+) -> list[BackupJob]:
+    """Starts every backup asked for, all of the same instant. Raises, with nothing changed, if one cannot be."""
+    _check_ids(table, requests)
     plans: list[Plan] = []
     try:
         for request in requests:
@@ -133,6 +146,15 @@ async def start_backups(
     except BaseException:
         for plan in plans:
             await graph.detach(plan.scratch)
+        raise
+    try:
+        _check_ids(table, requests)  # somebody may have taken one while we waited for the disks
+    except UsageError as error:
+        for fleece in fleeces:
+            fleece.copier.break_snapshot(fleece.snapshot, str(error))
+        for fleece in fleeces:  # broken before anything was copied, so the targets are as they were
+            fleece.snapshot.scratch.node.check = None
+            await uncut(graph, fleece)
         raise
     jobs = [BackupJob(request, graph, fleece, announce) for request, fleece in zip(requests, fleeces, strict=True)]
     for job in jobs:

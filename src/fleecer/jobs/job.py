@@ -11,10 +11,13 @@ from __future__ import annotations
 
 import abc
 import asyncio
-from collections.abc import Callable
+import logging
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fleecer.errors import FleecerError, JobError, NotFound, UsageError, quoted, told
+
+_log = logging.getLogger(__name__)
 
 Announce = Callable[[str, dict[str, Any]], None]
 """Takes an event's name and data."""
@@ -78,23 +81,26 @@ class Job(abc.ABC):
             await asyncio.shield(self._task)
 
     async def _run(self) -> None:
-        try:
-            await self._work()
-        except FleecerError as error:
-            self.error = told(error)
-        failed = self.cancelled or bool(self.error)
-        for state in ("aborting",) if failed else ("waiting", "pending"):
+        await self._try(self._work)
+        cancelled = self.cancelled  # from now on it is too late for that
+        for state in ("aborting",) if cancelled or self.error else ("waiting", "pending"):
             self._enter(state)
-        try:
-            await self._clean_up()
-        except FleecerError as error:
-            self.error = self.error or told(error)
-        self._announce_end()
+        await self._try(self._clean_up)
+        self._announce_end(cancelled)
         self._enter("concluded")
         if self.auto_dismiss and self._table is not None:
             self._table.dismiss(self.job_id)
 
-    def _announce_end(self) -> None:
+    async def _try(self, step: Callable[[], Awaitable[None]]) -> None:
+        """Takes a step, and notes its failure unless one was noted before."""
+        try:
+            await step()
+        except Exception as error:  # noqa: BLE001 - a bug must not leave the job running for ever; it is logged
+            if not isinstance(error, FleecerError):
+                _log.exception("job %s failed in a way it must not", self.job_id)
+            self.error = self.error or told(error)
+
+    def _announce_end(self, cancelled: bool) -> None:
         data = {
             "device": self.job_id,
             "type": self.kind,
@@ -102,7 +108,7 @@ class Job(abc.ABC):
             "offset": self.progress_current,
             "speed": 0,
         }
-        if self.cancelled:
+        if cancelled:
             self._announce("BLOCK_JOB_CANCELLED", data)
         else:
             self._announce("BLOCK_JOB_COMPLETED", data | ({"error": self.error} if self.error else {}))

@@ -6,7 +6,7 @@ has and we do not are refused by name, so that nobody relies on what does not ha
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -24,6 +24,7 @@ from fleecer.monitor.registry import COMMANDS, Context, command
 from fleecer.net.listen import parse_port
 
 Result = dict[str, Any]
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
 
 
 class _Kebab(msgspec.Struct, rename="kebab", forbid_unknown_fields=True, kw_only=True):
@@ -49,7 +50,7 @@ async def query_version(context: Context) -> Result:
 @command
 async def query_commands(context: Context) -> list[Result]:
     """Every command there is."""
-    return [{"name": name} for name in sorted(COMMANDS)]
+    return [{"name": name} for name in sorted([*COMMANDS, "qmp_capabilities"])]
 
 
 @command
@@ -146,7 +147,9 @@ class InetListenAddress(msgspec.Struct, tag_field="type", tag="inet", forbid_unk
 
 @command
 async def nbd_server_start(
-    context: Context, addr: UnixListenAddress | InetListenAddress, max_connections: int = 100
+    context: Context,
+    addr: UnixListenAddress | InetListenAddress,
+    max_connections: Annotated[int, msgspec.Meta(ge=0)] = 100,
 ) -> Result:
     """Starts to serve NBD at an address. A daemon may serve at several."""
     server = context.daemon.server
@@ -226,7 +229,7 @@ class BlockdevBackup(_Kebab):
     job_id: str | None = None
     filter_node_name: str | None = None
     on_cbw_error: OnError = "break-snapshot"
-    cbw_timeout: float = TIMEOUT_S
+    cbw_timeout: Seconds = TIMEOUT_S
     auto_finalize: Literal[True] = True
     auto_dismiss: bool = True
 
@@ -319,8 +322,8 @@ async def snapshot_create(
     name: str | None = None,
     scratch_dir: str | None = None,
     on_cbw_error: OnError = "break-snapshot",
-    cbw_timeout: float = TIMEOUT_S,
-    drain_timeout: float = DRAIN_TIMEOUT_S,
+    cbw_timeout: Seconds = TIMEOUT_S,
+    drain_timeout: Seconds = DRAIN_TIMEOUT_S,
     cluster_size: int = CLUSTER_SIZE_BYTES,
     temporary: bool = False,
 ) -> Result:

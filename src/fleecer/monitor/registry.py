@@ -50,7 +50,7 @@ COMMANDS: dict[str, Spec] = {}
 def command(function: CommandFunction) -> CommandFunction:
     """Enters `function` as the command of its name."""
     name = function.__name__.rstrip("_").replace("_", "-")
-    hints = typing.get_type_hints(function)
+    hints = typing.get_type_hints(function, include_extras=True)
     parameters = list(inspect.signature(function).parameters.values())[1:]
     whole = len(parameters) == 1 and parameters[0].kind is inspect.Parameter.POSITIONAL_ONLY
     arguments: Any

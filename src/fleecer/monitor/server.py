@@ -3,7 +3,8 @@
 Invariants:
 - Nothing but qmp_capabilities is taken before it was given; commands of one session run in the order they came.
 - Only processes of this user, or root, get a session, whatever the socket's mode.
-- A client that does not read its events is cut off when `QUEUED_BYTES_MAX` wait for it.
+- A client that does not read is cut off when `QUEUED_BYTES_MAX` wait for it, and delays the end of its session by no
+  more than `CLOSE_GRACE_S`.
 - What a client's connection holds (temporary snapshots) goes when the connection does.
 """
 
@@ -27,6 +28,7 @@ from fleecer.wire import qmp
 
 QUEUED_BYTES_MAX = 4 * MiB
 COMMANDS_QUEUED_MAX = 100
+CLOSE_GRACE_S = 1.0
 
 _log = logging.getLogger(__name__)
 
@@ -65,8 +67,7 @@ class MonitorServer:
         """As `refuse`; lets commands that run end, and closes every session."""
         self.refuse()
         self._unfollow()
-        for session in list(self._sessions):
-            await session.close()
+        await asyncio.gather(*(session.close() for session in list(self._sessions)))
 
     def forget(self, session: _Session) -> None:
         """The session has ended."""
@@ -156,16 +157,17 @@ class _Session:
             return qmp.failure(error, command.id)
 
     def announce(self, event: dict[str, Any]) -> None:
-        """Tells an event, once capabilities are negotiated; to a client that reads."""
-        if self._negotiated and not self._gone:
-            if self._stream.queued_bytes > QUEUED_BYTES_MAX:
-                self._stream.abort()
-            else:
-                self.send(event)
+        """Tells an event, once capabilities are negotiated."""
+        if self._negotiated:
+            self.send(event)
 
     def send(self, message: dict[str, Any]) -> None:
-        """Sends one document."""
-        if not self._gone:
+        """Sends one document, to a client that reads."""
+        if self._gone:
+            return
+        if self._stream.queued_bytes > QUEUED_BYTES_MAX:
+            self._stream.abort()
+        else:
             self._stream.send([qmp.encode(message)])
 
     async def close(self) -> None:
@@ -177,7 +179,9 @@ class _Session:
             self._stream.abort()  # the client does not read; nobody waits for it
         else:
             self._stream.close()
+        given_up = asyncio.get_running_loop().call_later(CLOSE_GRACE_S, self._stream.abort)
         await asyncio.shield(self._ended)
+        given_up.cancel()
 
     async def _end(self) -> None:
         for hold in self._context.at_end:

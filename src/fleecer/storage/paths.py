@@ -49,5 +49,5 @@ def resolve_backing(image: str, named: str, allowed: Sequence[str] = ()) -> str:
     raise UnsupportedFormat(
         image,
         f"its backing file {quoted(named)} is outside {quoted(directory)}; "
-        f"--allow-backing {os.path.dirname(found)} would allow it",
+        f"--allow-backing {quoted(os.path.dirname(found))} would allow it",
     )

@@ -47,12 +47,16 @@ class Splitter:
         self._pending += data
         documents: list[bytes] = []
         while (end := self._scan()) is not None:
+            self._check_length(end)
             documents.append(bytes(self._pending[:end]))
             del self._pending[:end]
             self._scanned = 0
-        if len(self._pending) > self._document_bytes_max:
-            raise RemoteProtocolError(f"QMP: a message is longer than {self._document_bytes_max} bytes")
+        self._check_length(len(self._pending))
         return documents
+
+    def _check_length(self, length: int) -> None:
+        if length > self._document_bytes_max:
+            raise RemoteProtocolError(f"QMP: a message is longer than {self._document_bytes_max} bytes")
 
     def _scan(self) -> int | None:
         pending = self._pending

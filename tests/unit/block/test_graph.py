@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 import random
 
 import pytest
@@ -369,7 +370,7 @@ async def test_a_filter_comes_and_goes_under_load() -> None:
         assert all(edge.node is node for edge in exports)
         assert graph.top(disk) is node
         await turns(5)
-        async with graph.drained(lambda: graph.parents(node)):
+        async with graph.drained(functools.partial(graph.parents, node)):
             graph.bypass(node)
         await graph.drop_bypassed(node)
         assert all(edge.node is disk for edge in exports)

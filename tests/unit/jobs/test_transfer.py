@@ -150,13 +150,21 @@ async def test_holes_are_neither_read_nor_written_and_zeroes_in_data_are_not_wri
     assert (done.data, done.read, done.written) == (4 * KiB, 4 * KiB, 4 * KiB)
 
 
+class Opaque(Watched):
+    """Cannot tell holes from data."""
+
+    async def block_status(self, offset: int, length: int) -> list[Extent]:
+        return [Extent(length, 0)]
+
+
+async def test_zeroes_found_in_data_are_zeroed_on_a_target_that_held_something() -> None:
+    content = disk(3, 3 * MiB + 11)
+    target = MemoryNode("target", b"\xaa" * len(content))
+    await transfer.copy(reading(Opaque(content)), writing(target), target_is_zero=False)
+    assert bytes(target.data) == content
+
+
 async def test_zeroes_found_in_data_stay_holes() -> None:
-    class Opaque(Watched):
-        """Cannot tell holes from data."""
-
-        async def block_status(self, offset: int, length: int) -> list[Extent]:
-            return [Extent(length, 0)]
-
     content = bytearray(3 * MiB)
     content[2 * MiB :] = b"\x01" * MiB
     target = Watched(3 * MiB)

@@ -1,0 +1,504 @@
+"""The backup job, in the first fleecing scheme (a target whose backing is the live disk) and for full copies."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+from collections.abc import Awaitable, Callable
+from typing import Any, Literal
+
+import pytest
+from tests.backup_world import CLUSTER, SIZE, World
+from tests.fleecing_world import together
+from tests.qcow2_world import checked, file_edge, new_image
+from tests.serving_world import turns
+
+from fleecer.block.edge import Edge
+from fleecer.block.node import ZERO, Node
+from fleecer.block.nodes.qcow2 import open_qcow2, read_header
+from fleecer.block.nodes.raw import RawNode
+from fleecer.errors import FleecerError, IoError, PermissionConflict, SnapshotBroken, UsageError
+from fleecer.jobs import BackupJob, BackupRequest, start_backups
+from fleecer.testing.memory import MemoryNode, random_turns
+
+ACTIVE = ["created", "running"]
+
+
+# sync=none: the target reads as the disk did.
+
+
+@pytest.mark.parametrize("seed", range(25))
+async def test_every_byte_read_through_the_target_is_an_old_one_under_load(seed: int) -> None:
+    world = World(seed, pause=random_turns(seed) if seed % 5 else None)
+    disk, guest, storage = world.disk()
+    target, _, _ = await world.overlay("B", disk)
+    reader = world.reader(target)
+    going = True
+
+    async def write_all() -> None:
+        for _ in range(3):
+            for offset in world.random.sample(range(0, SIZE, CLUSTER), k=6):
+                await guest.pwrite(offset, world.random.randbytes(min(CLUSTER, SIZE - offset)))
+
+    async def change() -> None:
+        for _ in range(15):
+            await world.change(guest)
+
+    async def read(image: bytes) -> None:
+        while going:
+            await (world.read(reader, image) if world.random.random() < 0.6 else world.status(reader, image))
+            await asyncio.sleep(0)
+
+    async def guests() -> None:
+        nonlocal going
+        await together(write_all(), change(), change())
+        going = False
+
+    before = asyncio.ensure_future(change())  # the cut is made under load
+    await asyncio.sleep(0)
+    (job,) = await world.start((disk, target))
+    image = bytes(storage.data)  # nothing has run since the gates opened
+    await together(guests(), *(read(image) for _ in range(3)))
+    await before
+    assert bytes(await reader.pread(0, SIZE)) == image
+    await job.cancel()
+    await world.graph.drain_and_detach(reader)
+    await world.graph.remove("B")
+    assert [node.name for node in world.graph.nodes()] == ["A"]
+
+
+RACES: dict[str, Callable[[Edge], Awaitable[None]]] = {
+    "write": lambda guest: guest.pwrite(0, bytes(CLUSTER)),
+    "zero": lambda guest: guest.zero(0, CLUSTER),
+    "discard": lambda guest: guest.discard(0, CLUSTER),
+}
+
+
+@pytest.mark.parametrize("change", RACES)
+@pytest.mark.parametrize("kind", ["read", "block status"])
+@pytest.mark.parametrize("serialise", [True, False])
+@pytest.mark.parametrize("depth", [0, 1])
+async def test_a_reader_between_look_up_and_disk_does_not_see_a_change(
+    kind: Literal["read", "block status"], change: str, serialise: bool, depth: int
+) -> None:
+    """The race that serialising copies end; with serialising switched off it must show."""
+    world = World()
+    disk, guest, storage = world.disk()
+    middle = disk
+    for _ in range(depth):
+        middle, _, _ = await world.overlay("C", disk, read_only=True)
+    target, _, below = await world.overlay("B", middle, serialise=serialise)
+    reader = world.reader(target)
+    await world.start((disk, target))
+    old = bytes(storage.data[:CLUSTER])
+    # 1. the reader finds the cluster unallocated in B, and is about to ask A
+    held = below.hold(kind)
+    ask: Callable[[], Awaitable[Any]] = {
+        "read": lambda: reader.pread(0, CLUSTER),
+        "block status": lambda: reader.block_status(0, CLUSTER),
+    }[kind]
+    asking = asyncio.ensure_future(ask())
+    await held.reached()
+    # 2. the guest changes the cluster; 3. its old data is copied to B; 4. the change reaches A
+    changing = asyncio.ensure_future(RACES[change](guest))
+    await turns(300)
+    assert changing.done() == (not serialise), "a change must wait for the reader exactly if copies serialise"
+    # 5. the reader goes on
+    held.release()
+    found = await asking
+    await changing
+    if kind == "read":
+        assert (bytes(found) == old) == serialise, "without serialising the race must show new data"
+    else:
+        assert any(extent.flags & ZERO for extent in found) == (not serialise)
+    assert bytes(await reader.pread(0, CLUSTER)) == old  # from B, by now
+
+
+async def test_a_reader_that_comes_while_old_data_is_copied_waits_for_it() -> None:
+    world = World()
+    disk, guest, storage = world.disk()
+    target, file, _ = await world.overlay("B", disk)
+    reader = world.reader(target)
+    await world.start((disk, target))
+    old = bytes(storage.data)
+    held = file.hold("write")
+    writing = asyncio.ensure_future(guest.pwrite(100, b"new"))
+    await held.reached()
+    reading = asyncio.ensure_future(reader.pread(0, CLUSTER))
+    elsewhere = await reader.pread(CLUSTER, CLUSTER)
+    await turns()
+    assert not reading.done()
+    assert not writing.done()
+    assert storage.data == old, "the disk was changed before its old data was safe"
+    held.release()
+    assert bytes(await reading) == old[:CLUSTER]
+    await writing
+    assert bytes(elsewhere) == old[CLUSTER : 2 * CLUSTER]
+
+
+async def test_two_disks_are_cut_at_one_instant() -> None:
+    for seed in range(10):
+        world = World(seed, pause=random_turns(seed))
+        first, one, _ = world.disk("one")
+        second, two, _ = world.disk("two")
+        targets = [(await world.overlay(f"B{at}", disk))[0] for at, disk in enumerate((first, second))]
+        stop = asyncio.Event()
+
+        async def count(one: Edge, two: Edge, stop: asyncio.Event) -> None:
+            """What it writes to the second disk it has written to the first before."""
+            number = 0
+            while not stop.is_set():
+                number += 1
+                await one.pwrite(0, number.to_bytes(8, "big"))
+                await two.pwrite(0, number.to_bytes(8, "big"))
+
+        await one.pwrite(0, bytes(8))
+        await two.pwrite(0, bytes(8))
+        counting = asyncio.ensure_future(count(one, two, stop))
+        await turns(world.random.randrange(100))
+        await world.start((first, targets[0]), (second, targets[1]))
+        await turns(30)
+        stop.set()
+        await counting
+        numbers = [int.from_bytes(await world.reader(target).pread(0, 8), "big") for target in targets]
+        assert numbers[0] - 1 <= numbers[1] <= numbers[0], f"the disks are of two instants: {numbers}"
+
+
+async def test_either_all_disks_are_cut_or_none() -> None:
+    world = World()
+    first, guest, _ = world.disk("one")
+    second, _, _ = world.disk("two")
+    target, _, _ = await world.overlay("B1", first)
+    wrong = MemoryNode("B2", SIZE - 512)
+    world.graph.add(wrong, named=True)
+    with pytest.raises(
+        UsageError, match=r"^target 'B2' has 328668 bytes, the disk 'two' has 329180; they must be equal$"
+    ):
+        await world.start((first, target), (second, wrong))
+    assert not world.table.jobs()
+    assert guest.node is first
+    assert not world.graph.parents(target)
+    assert not world.graph.parents(wrong)
+    await guest.pwrite(0, b"z")
+    assert bytes(await world.reader(target).pread(0, 1)) == b"z", "the target is in use although the job was refused"
+
+
+async def test_a_target_shows_errors_once_its_job_is_cancelled_and_never_new_data() -> None:
+    world = World()
+    disk, guest, _ = world.disk()
+    target, _, below = await world.overlay("B", disk)
+    reader = world.reader(target)
+    above = RawNode("over", world.graph.attach(target, "node 'over'", "file"))
+    world.graph.add(above, named=True)
+    indirect = world.reader(above)
+    (job,) = await world.start((disk, target))
+    held = below.hold("read", late=True)
+    in_flight = asyncio.ensure_future(reader.pread(2 * CLUSTER, 512))
+    await held.reached()
+    await guest.pwrite(0, b"new")
+    await job.cancel()
+    assert guest.node is disk
+    await guest.pwrite(2 * CLUSTER, bytes(512))
+    held.release()
+    text = r"^snapshot on 'job-B': snapshot is broken: fleecing job 'job-B' has ended$"
+    for request in (in_flight, reader.pread(0, 10), reader.block_status(0, 10), indirect.pread(CLUSTER, 10)):
+        with pytest.raises(SnapshotBroken, match=text):
+            await request
+    assert world.statuses("job-B") == [*ACTIVE, "aborting", "concluded"]
+    assert (
+        "BLOCK_JOB_CANCELLED",
+        {"device": "job-B", "type": "backup", "len": SIZE, "offset": 0, "speed": 0},
+    ) in world.events
+    assert job.error == ""
+
+
+async def test_a_full_target_breaks_the_job_with_its_cause_and_the_guest_sees_nothing() -> None:
+    world = World()
+    disk, guest, storage = world.disk()
+    target, file, _ = await world.overlay("B", disk)
+    reader = world.reader(target)
+    (job,) = await world.start((disk, target))
+    await guest.pwrite(0, b"first")
+    assert await reader.pread(0, 512)
+    file.fail("write", errno=errno.ENOSPC, times=None)
+    await guest.pwrite(CLUSTER, b"second")
+    assert storage.data[CLUSTER : CLUSTER + 6] == b"second"
+    for request in (reader.pread(0, 512), reader.block_status(4 * CLUSTER, 512)):
+        with pytest.raises(SnapshotBroken, match=r"copying its old data failed: write of .* No space left on device"):
+            await request
+    await job.concluded()
+    assert "No space left on device" in job.error
+    assert world.statuses("job-B") == [*ACTIVE, "aborting", "concluded"]
+    (completed,) = [data for name, data in world.events if name == "BLOCK_JOB_COMPLETED"]
+    assert completed["error"] == job.error
+    assert guest.node is disk, "the filter must go with the job"
+    with pytest.raises(SnapshotBroken, match="No space left on device"):
+        await reader.pread(0, 512)
+
+
+async def test_under_break_guest_write_the_guest_is_told_and_the_target_stays_true() -> None:
+    world = World()
+    disk, guest, storage = world.disk()
+    target, file, _ = await world.overlay("B", disk)
+    reader = world.reader(target)
+    (job,) = await world.start((disk, target), on_error="break-guest-write")
+    image = bytes(storage.data)
+    file.fail("write", errno=errno.ENOSPC)
+    with pytest.raises(IoError, match="No space left") as caught:
+        await guest.pwrite(CLUSTER, b"second")
+    assert caught.value.errno == errno.ENOSPC
+    assert storage.data == image
+    await guest.pwrite(CLUSTER, b"again")
+    assert bytes(await reader.pread(0, SIZE)) == image
+    await job.cancel()
+
+
+async def test_a_target_is_used_for_one_instant_only() -> None:
+    world = World()
+    disk, guest, _ = world.disk()
+    target, _, _ = await world.overlay("B", disk)
+    (job,) = await world.start((disk, target), auto_dismiss=True)
+    await guest.pwrite(0, b"x")
+    await job.cancel()
+    with pytest.raises(UsageError, match=r"^target 'B' holds the past of an earlier instant; make a new one for each$"):
+        await world.start((disk, target))
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+async def test_one_disk_can_have_several_targets_of_several_instants(order: tuple[int, int]) -> None:
+    world = World()
+    disk, guest, storage = world.disk()
+    targets = [(await world.overlay(f"B{at}", disk))[0] for at in range(2)]
+    readers = [world.reader(target) for target in targets]
+    jobs, images = [], []
+    for at, target in enumerate(targets):
+        jobs += await world.start((disk, target))
+        images.append(bytes(storage.data))
+        for offset in range(at * 100, SIZE, 2 * CLUSTER):
+            await guest.pwrite(offset, world.random.randbytes(3000))
+    for reader, image in zip(readers, images, strict=True):
+        assert bytes(await reader.pread(0, SIZE)) == image
+    for at in order:
+        await jobs[at].cancel()
+        await guest.pwrite(CLUSTER, world.random.randbytes(CLUSTER))
+        for other in set(order) - {at}:
+            if jobs[other].state == "running":
+                assert bytes(await readers[other].pread(0, SIZE)) == images[other]
+    assert guest.node is disk
+
+
+async def test_two_targets_of_one_disk_may_be_started_together() -> None:
+    world = World()
+    disk, guest, storage = world.disk()
+    targets = [(await world.overlay(f"B{at}", disk))[0] for at in range(2)]
+    jobs = await world.start(*((disk, target) for target in targets))
+    image = bytes(storage.data)
+    await guest.pwrite(0, world.random.randbytes(SIZE))
+    for target in targets:
+        assert bytes(await world.reader(target).pread(0, SIZE)) == image
+    for job in jobs:
+        await job.cancel()
+    assert guest.node is disk
+
+
+async def test_a_base_and_an_overlay_that_are_both_live_are_cut_together_under_load() -> None:
+    world = World(pause=random_turns(5))
+    base, _, _ = world.disk("base")
+    middle, _, _ = await world.overlay("top", base)
+    guest = world.graph.attach(middle, "export 'top'", "nbd", writable=True)
+    targets = []
+    for name, node in (("B1", base), ("B2", middle)):
+        targets.append((await world.overlay(name, node))[0])
+    stop = False
+
+    async def load() -> None:
+        while not stop:
+            await world.change(guest)
+
+    loads = [asyncio.ensure_future(load()) for _ in range(3)]
+    await turns()
+    async with asyncio.timeout(10):
+        await world.start((base, targets[0]), (middle, targets[1]))
+    stop = True
+    await asyncio.gather(*loads)
+
+
+# sync=full: the target becomes the disk of that instant.
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_a_full_backup_is_the_disk_of_its_instant_whatever_is_written(seed: int) -> None:
+    world = World(seed, pause=random_turns(seed) if seed % 3 else None)
+    disk, guest, storage = world.disk()
+    target = MemoryNode("B", SIZE, pause=world.pause)
+    world.graph.add(target, named=True)
+
+    async def change() -> None:
+        for _ in range(20):
+            await world.change(guest)
+
+    before = asyncio.ensure_future(change())
+    await asyncio.sleep(0)
+    (job,) = await world.start((disk, target), sync="full", fresh=bool(seed % 2))
+    image = bytes(storage.data)
+    await together(change(), change())
+    await job.concluded()
+    await before
+    assert job.error == ""
+    assert target.data == image
+    assert world.statuses("job-B") == [*ACTIVE, "waiting", "pending", "concluded"]
+    assert (job.progress_current, job.progress_total) == (SIZE, SIZE)
+    assert guest.node is disk
+
+
+async def test_holes_stay_holes_in_a_full_backup() -> None:
+    world = World()
+    disk, guest, storage = world.disk()
+    await guest.zero(CLUSTER, 3 * CLUSTER)
+    image = await new_image(SIZE)
+    edge = file_edge(image)
+    target = await open_qcow2(edge, name="B", header=await read_header(edge, "B"), backing=None, read_only=False)
+    world.graph.add(target, named=True)
+    (job,) = await world.start((disk, target), sync="full", fresh=True)
+    await job.concluded()
+    extents = await world.reader(target).block_status(0, SIZE)
+    assert [(e.length, bool(e.flags & ZERO)) for e in extents] == [
+        (CLUSTER, False),
+        (3 * CLUSTER, True),
+        (SIZE - 4 * CLUSTER, False),
+    ]
+    assert bytes(await world.reader(target).pread(0, SIZE)) == bytes(storage.data)
+    assert len(image.data) < 9 * CLUSTER  # three clusters of data, and the tables
+    await world.graph.close()
+    report = await checked(image)
+    assert (report.corruptions, report.leaks) == (0, 0)
+
+
+async def test_a_full_backup_to_a_target_over_the_disk_itself_can_be_read_before_and_after_its_end() -> None:
+    world = World()
+    disk, guest, storage = world.disk()
+    await guest.zero(CLUSTER, CLUSTER)
+    target, file, _ = await world.overlay("B", disk)
+    reader = world.reader(target)
+    held = file.hold("write")
+    (job,) = await world.start((disk, target), sync="full", fresh=True)
+    image = bytes(storage.data)
+    await held.reached()
+    writing = asyncio.ensure_future(guest.pwrite(0, bytes(SIZE)))
+    await turns()
+    held.release()
+    await writing
+    assert bytes(await reader.pread(0, SIZE)) == image
+    await job.concluded()
+    assert job.error == ""
+    await guest.pwrite(0, b"\xff" * SIZE)
+    assert bytes(await reader.pread(0, SIZE)) == image, "it has the whole disk, so it needs the job no more"
+
+
+async def test_a_full_backup_is_durable_when_it_has_completed() -> None:
+    world = World()
+    disk, _, _ = world.disk()
+    target, file, _ = await world.overlay("B", disk)
+    held = file.hold("flush")
+    (job,) = await world.start((disk, target), sync="full")
+    await held.reached()
+    assert job.state == "running"
+    held.release()
+    await job.concluded()
+    assert job.error == ""
+
+
+async def test_a_full_backup_whose_target_fails_concludes_with_the_cause() -> None:
+    world = World()
+    disk, guest, _ = world.disk()
+    target, file, _ = await world.overlay("B", disk)
+    file.fail("write", errno=errno.ENOSPC, times=None)
+    (job,) = await world.start((disk, target), sync="full")
+    await job.concluded()
+    assert "No space left on device" in job.error
+    assert world.statuses("job-B") == [*ACTIVE, "aborting", "concluded"]
+    assert guest.node is disk
+    with pytest.raises(FleecerError):
+        await world.reader(target).pread(0, 512)
+
+
+async def test_a_full_backup_that_is_cancelled_stops_soon_and_leaves_the_disk_alone() -> None:
+    world = World()
+    disk, guest, _ = world.disk()
+    target, file, _ = await world.overlay("B", disk)
+    held = file.hold("write")
+    (job,) = await world.start((disk, target), sync="full")
+    await held.reached()
+    cancelling = asyncio.ensure_future(job.cancel())
+    await turns()
+    assert job.state == "running", "it waits for what is in flight"
+    held.release()
+    await cancelling
+    assert job.progress_current < SIZE or world.statuses("job-B")[-2] == "aborting"
+    assert guest.node is disk
+    with pytest.raises(SnapshotBroken):
+        await world.reader(target).pread(0, 512)
+
+
+# Starting.
+
+
+async def test_writers_that_would_pass_the_filter_by_are_refused_from_then_on() -> None:
+    world = World()
+    disk, _, _ = world.disk()
+    target, _, _ = await world.overlay("B", disk)
+    await world.start((disk, target))
+    with pytest.raises(PermissionConflict):
+        world.graph.attach(disk, "export 'second'", "nbd", writable=True)
+    with pytest.raises(PermissionConflict):
+        world.graph.attach(target, "export 'B'", "nbd", writable=True)
+
+
+async def test_a_job_id_is_taken_once_also_by_two_who_come_at_the_same_time() -> None:
+    world = World()
+    disk, guest = world.slow_disk()
+    targets = [(await world.overlay(f"B{at}", disk))[0] for at in range(2)]
+    with pytest.raises(UsageError, match=r"^job id 'twice' is used twice; choose another$"):
+        await start_backups(
+            world.graph, world.table, [BackupRequest("twice", disk, t, "none") for t in targets], world.announce
+        )
+
+    async def start(target: Node) -> list[BackupJob]:
+        return await start_backups(
+            world.graph, world.table, [BackupRequest("same", disk, target, "none")], world.announce
+        )
+
+    held = disk.hold("write")
+    writing = asyncio.ensure_future(guest.pwrite(0, b"x"))
+    await held.reached()  # so that both have to wait for the disk
+    starting = [asyncio.ensure_future(start(target)) for target in targets]
+    await turns()
+    held.release()
+    outcomes = await asyncio.gather(*starting, return_exceptions=True)
+    await writing
+    failures = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
+    assert [str(failure) for failure in failures] == ["job id 'same' is taken; choose another, or dismiss that job"]
+    (job,) = world.table.jobs()
+    await job.cancel()
+    assert guest.node is disk, "the filter of the one that was refused was left behind"
+    second = targets[1]
+    assert second.check is None
+    await world.start((disk, second))  # as if nothing had been
+
+
+async def test_a_disk_that_does_not_come_to_rest_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fleecer.block.fleecing.cut.__kwdefaults__", {"timeout_s": 0.01})
+    world = World()
+    fault, guest = world.slow_disk()
+    target, _, _ = await world.overlay("B", fault)
+    held = fault.hold("write")
+    writing = asyncio.ensure_future(guest.pwrite(0, b"x"))
+    await held.reached()
+    with pytest.raises(IoError, match=r"did not end in 0\.01 s") as caught:
+        await world.start((fault, target))
+    assert caught.value.errno == errno.ETIMEDOUT
+    held.release()
+    await writing
+    assert guest.node is fault
+    assert not world.graph.parents(target)
+    assert not world.table.jobs()
