@@ -200,6 +200,8 @@ async def check_equal(image: str, socket_path: str, export: str, *, report: Repo
             opt.NbdOptions(node_name="source", server=opt.UnixAddress(path=socket_path), export=export, read_only=True)
         )
         other = bench.attach(await bench.opener.add(_image_options(image, "image")), "image")
+        if other.size > source.size:
+            raise CorruptImage(image, f"it has {other.size} bytes, its source {source.size}")
         await _check_same(source, other, image, _during("verifying", report))
 
 

@@ -14,7 +14,6 @@ from fleecer.block.copier import TIMEOUT_S, OnError
 from fleecer.block.nodes.fault import Operation
 from fleecer.errors import UsageError
 
-
 Size = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 Amount = Annotated[float, msgspec.Meta(ge=0)]
 

@@ -1,0 +1,149 @@
+"""What a disk and its snapshots may read as: the judge of a simulation, sector by sector.
+
+Every write fills its sectors with a number of its own, so a sector that is read tells which write it is from. Time is
+counted in calls and returns, not seconds: what returned before something was called came before it.
+
+    disk       a sector reads as a write that had begun when the read returned, and that no other write replaced for
+               good before the read began: one that began after the first returned, and returned before the read began
+    snapshot   a sector reads as a write that had returned before the instant and was not replaced before it; all
+               reads of it, and every status that says zero, agree on which
+    failed     a write that failed may show, or not, from its beginning on for ever, torn or whole
+    discard    each sector keeps its value or becomes zero
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import struct
+from collections.abc import Iterable
+
+SECTOR_BYTES = 512
+_STAMP = struct.Struct("<QQ")
+
+
+class Violation(AssertionError):
+    """The program did what no order of events allows."""
+
+
+def stamp(number: int, sector: int) -> bytes:
+    """A sector's content as written by write `number` (0: zeroes)."""
+    if not number:
+        return bytes(SECTOR_BYTES)
+    return _STAMP.pack(number, sector) * (SECTOR_BYTES // _STAMP.size)
+
+
+def read_stamp(data: bytes, sector: int) -> int:
+    """Which write a sector is from. Raises Violation for a mixture, or another sector's content."""
+    number, place = _STAMP.unpack_from(data)
+    if data != stamp(number, sector if number else 0):
+        raise Violation(f"sector {sector} is torn or not its own: it begins with write {number} for sector {place}")
+    return int(number)
+
+
+@dataclasses.dataclass(slots=True)
+class Change:
+    """A write, zero or discard of sectors [first, end). `number` is what it leaves."""
+
+    number: int
+    first: int
+    end: int
+    began: int
+    ended: int | None = None
+    keeps: bool = False  # a discard may leave what was there
+    failed: bool = False
+
+
+class History:
+    """All changes of one disk, and what may be read of it. Sectors begin as `initial` tells, by default zero."""
+
+    def __init__(self, sectors: int, initial: dict[int, int] | None = None) -> None:
+        self.sectors = sectors
+        self.now = 1
+        self._number = 0
+        start = [Change((initial or {}).get(sector, 0), sector, sector + 1, 0, 0) for sector in range(sectors)]
+        self._of: list[list[Change]] = [[change] for change in start]
+
+    def tick(self) -> int:
+        """Counts one call or return."""
+        self.now += 1
+        return self.now
+
+    def begin(self, first: int, end: int, *, zero: bool = False, discard: bool = False) -> Change:
+        """A change is called."""
+        if not zero and not discard:
+            self._number += 1
+        number = 0 if zero or discard else self._number
+        change = Change(number, first, end, self.tick(), keeps=discard)
+        for sector in range(first, end):
+            self._of[sector].append(change)
+        return change
+
+    def finish(self, change: Change, *, failed: bool = False) -> None:
+        """It has returned. One that failed stays possible for ever."""
+        change.failed = failed
+        if not failed:
+            change.ended = self.tick()
+
+    def allowed(self, sector: int, began: int) -> set[int]:
+        """What a read of the sector may give that was called at `began` and returns now."""
+        changes = self._of[sector]
+        return {c.number for c in changes if not self._replaced(c, changes, began)}
+
+    def check_read(self, offset: int, data: bytes, began: int) -> None:
+        """Raises Violation unless a read of the disk, called at `began`, may have given `data`."""
+        for sector, found in _stamps(offset, data):
+            allowed = self.allowed(sector, began)
+            if found not in allowed:
+                raise Violation(f"the disk's sector {sector} reads as write {found}; allowed: {sorted(allowed)}")
+
+    def image(self) -> list[set[int]]:
+        """What each sector may be at this very instant, while no change is under way on the disk itself.
+
+        A change that was called and has not returned is held back somewhere above, and not part of it.
+        """
+        now = self.tick()
+        return [
+            {c.number for c in changes if (c.ended is not None or c.failed) and not self._replaced(c, changes, now)}
+            for changes in self._of
+        ]
+
+    @staticmethod
+    def _replaced(change: Change, changes: Iterable[Change], before: int) -> bool:
+        """Whether another change certainly came after it, and was over at `before`."""
+        ended = change.ended
+        return ended is not None and any(
+            not other.keeps and other.began > ended and other.ended is not None and other.ended < before
+            for other in changes
+        )
+
+
+class SnapshotOracle:
+    """What a snapshot must read as: each sector one of `image`, the same one for ever."""
+
+    def __init__(self, name: str, image: list[set[int]]) -> None:
+        self.name = name
+        self._image = image
+
+    def check_read(self, offset: int, data: bytes) -> None:
+        """Raises Violation unless a read may have given `data`; from now on it must."""
+        for sector, found in _stamps(offset, data):
+            self._pin(sector, found, "reads as")
+
+    def check_zero(self, offset: int, length: int) -> None:
+        """A status said zero for the range."""
+        for sector in range(offset // SECTOR_BYTES, -(-(offset + length) // SECTOR_BYTES)):
+            self._pin(sector, 0, "is said to be zero, write")
+
+    def _pin(self, sector: int, found: int, how: str) -> None:
+        if found not in self._image[sector]:
+            allowed = sorted(self._image[sector])
+            raise Violation(f"snapshot {self.name}: sector {sector} {how} {found}; at its instant it was {allowed}")
+        self._image[sector] = {found}
+
+
+def _stamps(offset: int, data: bytes) -> Iterable[tuple[int, int]]:
+    assert offset % SECTOR_BYTES == 0, "the oracle looks at whole sectors"
+    assert len(data) % SECTOR_BYTES == 0, "the oracle looks at whole sectors"
+    for at in range(0, len(data), SECTOR_BYTES):
+        sector = (offset + at) // SECTOR_BYTES
+        yield sector, read_stamp(bytes(data[at : at + SECTOR_BYTES]), sector)
