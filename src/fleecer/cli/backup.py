@@ -51,7 +51,7 @@ def backup(
 
 
 def _copy(taken: dict[str, Any], socket_path: str, directory: str, as_json: bool) -> list[dict[str, Any]]:
-    from fleecer import images, runner
+    from fleecer.app import images, runner
 
     created = datetime.datetime.fromisoformat(taken["created"])
     stem = created.astimezone(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")

@@ -8,8 +8,8 @@ from typing import Any, TypeVar
 
 import click
 
+from fleecer.app.rundir import QMP_SOCKET, default_run_directory
 from fleecer.cli.qmp_client import QmpClient
-from fleecer.rundir import QMP_SOCKET, default_run_directory
 
 F = TypeVar("F", bound=Callable[..., Any])
 

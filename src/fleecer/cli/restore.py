@@ -40,7 +40,7 @@ def restore(
     fleecer restore /backups/web/20300101T120000Z.qcow2 web.raw
     fleecer restore --force --format raw /backups/web/20300101T120000Z.qcow2 /dev/vg0/web
     """
-    from fleecer import images, runner
+    from fleecer.app import images, runner
 
     with Meter(silent=as_json) as meter:
 

@@ -7,8 +7,8 @@ from typing import Literal
 
 import click
 
+from fleecer.app.rundir import default_run_directory
 from fleecer.cli.options import run_dir_option
-from fleecer.rundir import default_run_directory
 
 
 @click.command(short_help="Serve disk images over NBD.")
@@ -41,7 +41,8 @@ def serve(
     fleecer serve --listen 127.0.0.1:10809 web.qcow2
     fleecer serve --format raw /dev/vg0/web
     """
-    from fleecer import app, runner
+    from fleecer.app import runner
+    from fleecer.app import serving as app
 
     disks = [app.disk_named(text, image_format) for text in images]
     options = app.ServeOptions(

@@ -32,8 +32,9 @@ def storage_daemon(options: tuple[str, ...]) -> None:
       --export type=nbd,id=web,node-name=disk0,writable=on \\
       --chardev socket,id=qmp,path=qmp.sock,server=on,wait=off --monitor chardev=qmp
     """
-    from fleecer import app, runner
-    from fleecer import storage_daemon as daemon
+    from fleecer.app import runner
+    from fleecer.app import serving as app
+    from fleecer.app import storage_daemon as daemon
 
     try:
         given = daemon.split(options)

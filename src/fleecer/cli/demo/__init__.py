@@ -20,7 +20,7 @@ def demo() -> None:
     Needs mkfs.ext4, debugfs and e2fsck (package e2fsprogs), 400 MiB in $TMPDIR, and some seconds. Exit status 0 if the
     proof holds.
     """
-    from fleecer import runner
+    from fleecer.app import runner
     from fleecer.cli.demo.story import tell
 
     runner.run(tell(click.echo))

@@ -12,7 +12,8 @@ import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from fleecer import images
+from fleecer.app import images
+from fleecer.app.rundir import NBD_SOCKET, QMP_SOCKET
 from fleecer.cli.demo.blockmap import PRESERVED_CONTEXT, draw, read_map
 from fleecer.cli.demo.disk import DATABASE_BYTES, TAIL_BYTES, Disk, make_disk, run_tool, tool
 from fleecer.cli.demo.proof import prove
@@ -21,7 +22,6 @@ from fleecer.cli.qmp_client import QmpClient
 from fleecer.errors import FleecerError
 from fleecer.net.nbd_client import ALLOCATION, NbdClient
 from fleecer.net.stream import connect_unix
-from fleecer.rundir import NBD_SOCKET, QMP_SOCKET
 from fleecer.units import MiB, format_size
 
 Tell = Callable[[str], Any]

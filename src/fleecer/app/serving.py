@@ -18,6 +18,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 
+from fleecer.app.rundir import NBD_SOCKET, QMP_SOCKET, claimed
 from fleecer.daemon import Daemon
 from fleecer.daemon.daemon import Format
 from fleecer.errors import UsageError, quoted
@@ -25,7 +26,6 @@ from fleecer.export import Export
 from fleecer.monitor import MonitorServer
 from fleecer.net.listen import parse_host_port
 from fleecer.net.uri import DEFAULT_PORT, tcp_uri, unix_uri
-from fleecer.rundir import NBD_SOCKET, QMP_SOCKET, claimed
 
 _NAME = re.compile(r"[^/@\x00-\x20\x7f][^/@\x00-\x1f\x7f]*")
 

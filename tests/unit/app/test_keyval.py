@@ -7,7 +7,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from fleecer import keyval
+from fleecer.app import keyval
 from fleecer.block.options import BlockdevOptions
 from fleecer.errors import UsageError
 

@@ -13,8 +13,8 @@ from typing import Literal, TypeVar
 
 import msgspec
 
-from fleecer import keyval
-from fleecer.app import Service, service, settle
+from fleecer.app import keyval
+from fleecer.app.serving import Service, service, settle
 from fleecer.daemon import Daemon
 from fleecer.errors import IoError, NotFound, UsageError, quoted
 from fleecer.monitor.registry import COMMANDS, Context, execute

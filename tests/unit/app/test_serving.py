@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from fleecer.app import Disk, ServeOptions, disk_named, serve, service
+from fleecer.app.serving import Disk, ServeOptions, disk_named, serve, service
 from fleecer.daemon import Daemon
 from fleecer.errors import FleecerError, UsageError
 from fleecer.monitor import MonitorServer

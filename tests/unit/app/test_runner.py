@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from fleecer import runner
+from fleecer.app import runner
 from fleecer.errors import UsageError
 from fleecer.storage.pool import Lane, running_pool
 

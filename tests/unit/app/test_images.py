@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fleecer import images
+from fleecer.app import images
 from fleecer.block.graph import Graph
 from fleecer.block.nodes.file import FileNode
 from fleecer.block.nodes.qcow2 import create_qcow2

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from fleecer.app.rundir import claimed, default_run_directory
 from fleecer.errors import InUse, UsageError
-from fleecer.rundir import claimed, default_run_directory
 
 
 def test_a_run_directory_is_made_for_its_owner_alone_and_can_be_claimed_again(tmp_path: Path) -> None:
@@ -30,7 +30,7 @@ def test_a_second_claim_names_the_process_that_has_it(tmp_path: Path) -> None:
 
 def test_a_claim_ends_with_its_process_and_sockets_left_behind_are_removed(tmp_path: Path) -> None:
     path = tmp_path / "run"
-    script = "import os, sys\nfrom fleecer.rundir import claimed\nwith claimed(sys.argv[1]): os._exit(9)"
+    script = "import os, sys\nfrom fleecer.app.rundir import claimed\nwith claimed(sys.argv[1]): os._exit(9)"
     assert subprocess.run([sys.executable, "-c", script, str(path)], check=False).returncode == 9
     (path / "nbd.sock").write_bytes(b"")
     (path / "qmp.sock").write_bytes(b"")
