@@ -82,7 +82,7 @@ def test_status_shows_disks_clients_and_snapshots(tmp_path: Path) -> None:
         ]
         lines = succeed("status", "--run-dir", daemon.run_dir).splitlines()
         assert lines[0].split() == ["DISK", "SIZE", "FORMAT", "CLIENTS", "READ", "WRITTEN", "IMAGE"]
-        assert lines[1].split() == ["a", "1.0", "MiB", "raw", "0", "0", "B/s", "0", "B/s", "a.raw"]
+        assert lines[1].split() == ["a", "1.0", "MiB", "raw", "0", "0", "B/s", "0", "B/s", str(tmp_path / "a.raw")]
         assert lines[3].split() == ["SNAPSHOT", "DISK", "AGE", "PRESERVED", "STATE"]
         assert lines[4].split()[:2] == ["s", "a"]
 
@@ -128,7 +128,7 @@ def test_a_snapshot_may_be_of_some_disks_named_and_kept_elsewhere(tmp_path: Path
         assert told == "snapshot name 'before' is taken; delete that one or choose another"
         assert fail("snapshot", "delete", "nothing", *options) == "snapshot 'nothing' does not exist"
         told = fail("snapshot", "create", "--scratch-dir", str(tmp_path / "absent"), *options)
-        assert told == f"create a scratch file in on '{tmp_path / 'absent'}': No such file or directory"
+        assert told == f"create a scratch file on '{tmp_path / 'absent'}': No such file or directory"
 
 
 def test_uris_are_encoded_so_that_clients_understand_them(tmp_path: Path) -> None:

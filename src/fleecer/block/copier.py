@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import logging
 from collections.abc import Callable
 from typing import Literal
 
@@ -46,8 +45,6 @@ TIMEOUT_S = 15.0
 COPY_MAX_BYTES = 1 * MiB
 FREEZE_MAX_BYTES = 1 * MiB
 """Longest piece of the disk a snapshot read holds frozen at once: a write never waits for more than that."""
-
-_log = logging.getLogger(__name__)
 
 
 class Snapshot:
@@ -181,7 +178,6 @@ class Copier:
         if snapshot.broken is not None or not snapshot.living:
             return
         snapshot.broken = SnapshotBroken(snapshot.name, cause)
-        _log.warning("snapshot %s is broken: %s", snapshot.name, cause)
         self._look_again()
         self._give_up_useless([])
         if snapshot.on_broken is not None:

@@ -92,13 +92,18 @@ class Graph:
         failures: list[FleecerError] = []
         self._named.clear()
         while self._nodes:
-            node = next((n for n in self._nodes.values() if not self._edges[n]), next(iter(self._nodes.values())))
+            node = self._parentless()
             try:
                 await self._close(node)
             except FleecerError as error:
                 failures.append(error)
         if failures:
             raise failures[0]
+
+    def _parentless(self) -> Node:
+        """A node that is no other's child."""
+        children = {edge.node for node in self._nodes.values() for edge in node.children}
+        return next(node for node in self._nodes.values() if node not in children)
 
     async def _close(self, node: Node) -> None:
         self._nodes.pop(node.name, None)

@@ -244,6 +244,7 @@ class Snapshots:
         await uncut(self._daemon.graph, part.fleece)
 
     def _broken(self, name: str, part: SnapshotPart, snapshot: Snapshot) -> None:
+        _log.warning("snapshot %s is broken: %s", part.export.name, part.cause)
         self._daemon.events.announce("SNAPSHOT_BROKEN", {"name": name, "disk": part.disk, "cause": part.cause})
         task = asyncio.get_running_loop().create_task(self._release(part))
         self._releasing.add(task)

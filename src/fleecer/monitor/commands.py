@@ -6,6 +6,7 @@ has and we do not are refused by name, so that nobody relies on what does not ha
 
 from __future__ import annotations
 
+import os
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -395,7 +396,7 @@ def _describe_disk(daemon: Daemon, export: Export) -> Result:
         "name": export.name,
         "size": export.edge.size,
         "format": "raw" if node.driver == "file" else node.driver,
-        "file": _file_name(node),
+        "file": os.path.abspath(_file_name(node)) if _file_name(node) else "",
         "writable": export.edge.writable,
         "clients": len(daemon.server.clients(export)),
         "reads": export.reads,

@@ -422,7 +422,7 @@ def _open_unlinked(directory: str) -> FileStorage:
             os.unlink(path)
             file = io.FileIO(fd, "rb+")
     except OSError as error:
-        raise IoError(error.errno or errno.EIO, directory, "create a scratch file in") from error
+        raise IoError(error.errno or errno.EIO, directory, "create a scratch file") from error
     with _closing_on_error(file):
         return FileStorage(file, os.path.join(directory, "(scratch)"), read_only=False)
 

@@ -56,7 +56,7 @@ class NewFile:
                 hidden = _hidden_name(directory)
                 fd = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         except OSError as error:
-            raise IoError(error.errno or errno.EIO, directory, "create a file in") from error
+            raise IoError(error.errno or errno.EIO, directory, "create a file") from error
         return cls(io.FileIO(fd, "rb+"), directory, hidden)
 
     async def publish(self, path: str, *, replace: bool = False) -> None:

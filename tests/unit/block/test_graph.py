@@ -96,6 +96,17 @@ async def test_a_node_is_removed_only_when_nothing_leads_to_it() -> None:
         await graph.remove("disk")
 
 
+async def test_parents_are_closed_before_their_children_whatever_else_leads_to_them() -> None:
+    graph, closed = Graph(), list[str]()
+    child = added(graph, ClosingNode("child", closed))
+    parent = added(graph, ClosingNode("parent", closed))
+    parent.children = (graph.attach(child, "node 'parent'", "file"),)
+    graph.attach(child, "export 'a'", "nbd")
+    graph.attach(parent, "export 'b'", "nbd")
+    await graph.close()
+    assert closed == ["parent", "child"]
+
+
 async def test_an_unnamed_node_goes_with_its_last_edge() -> None:
     graph, closed = Graph(), list[str]()
     node = added(graph, ClosingNode("#block1", closed), named=False)

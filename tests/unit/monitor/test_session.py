@@ -27,7 +27,7 @@ async def world(tmp_path: Path) -> AsyncIterator[Monitored]:
 
 
 @pytest.fixture
-async def gate(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
+async def gate(world: Monitored, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[asyncio.Event]:
     """A command "x-wait" that waits for this, and some that fail."""
     monkeypatch.setattr(registry, "COMMANDS", dict(registry.COMMANDS))
     event = asyncio.Event()
@@ -49,7 +49,8 @@ async def gate(monkeypatch: pytest.MonkeyPatch) -> asyncio.Event:
     async def x_sum(context: Context, a: int, more_of_it: int = 1) -> int:
         return a + more_of_it
 
-    return event
+    yield event
+    event.set()
 
 
 async def test_a_session_begins_with_a_greeting_and_negotiation(world: Monitored) -> None:
@@ -83,13 +84,13 @@ async def test_a_command_waits_for_the_one_before_it_but_other_sessions_do_not(
     world: Monitored, gate: asyncio.Event
 ) -> None:
     client, other = await world.client(), await world.client()
-    client.say('{"execute":"x-wait","id":1}{"execute":"query-jobs","id":2}')
+    client.say('{"execute":"x-wait","id":"a"}{"execute":"query-jobs","id":"b"}')
     await turns()
     assert await other.run("query-jobs") == []
-    assert not [message for message in client.heard if message.get("id") in (1, 2)]
+    assert not [message for message in client.heard if message.get("id") in ("a", "b")]
     gate.set()
-    await client.until(lambda: client.heard[-1].get("id") == 2)
-    assert [message.get("id") for message in client.heard[-2:]] == [1, 2]
+    await client.until(lambda: client.heard[-1].get("id") == "b")
+    assert [message.get("id") for message in client.heard[-2:]] == ["a", "b"]
 
 
 async def test_wrong_arguments_are_told_by_name(world: Monitored, gate: asyncio.Event) -> None:

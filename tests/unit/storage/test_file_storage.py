@@ -174,7 +174,7 @@ async def test_a_scratch_file_has_no_name(tmp_path: Path, code: int | None, monk
     await scratch.pwrite(5, b"abc")
     assert await scratch.pread(0, 10) == bytes(5) + b"abc" + bytes(2)
     await scratch.close()
-    with pytest.raises(IoError, match=r"create a scratch file in on '.*/missing': No such file"):
+    with pytest.raises(IoError, match=r"create a scratch file on '.*/missing': No such file"):
         await open_unlinked(str(tmp_path / "missing"))
 
 

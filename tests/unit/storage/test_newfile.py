@@ -121,7 +121,7 @@ async def test_the_file_is_synced_before_its_name_and_the_directory_after(
 
 
 async def test_a_directory_that_is_not_there_is_named(tmp_path: Path) -> None:
-    with pytest.raises(IoError, match=r"create a file in on .*absent.: No such file or directory"):
+    with pytest.raises(IoError, match=r"create a file on .*absent.: No such file or directory"):
         await NewFile.create(str(tmp_path / "absent"))
 
 
