@@ -16,7 +16,7 @@ from tests.serving_world import turns
 from fleecer.errors import IoError
 from fleecer.monitor import registry, server
 from fleecer.monitor.registry import Context, command
-from fleecer.units import KiB
+from fleecer.units import KiB, MiB
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ async def test_what_is_no_command_is_answered_and_the_session_goes_on(world: Mon
     client.say('{"execute": 7, "id": "bad"}')
     await client.until(lambda: client.heard[-1].get("id") == "bad")
     assert client.heard[-1]["error"]["class"] == "GenericError"
-    client.say('{"oops": ]}')
+    client.say('{"oops": nope}')
     await client.until(lambda: "error" in client.heard[-1] and "id" not in client.heard[-1])
     assert await client.run("query-jobs") == []
 
@@ -134,7 +134,7 @@ async def test_what_is_no_command_is_answered_and_the_session_goes_on(world: Mon
     [(b"[1]", "must be a JSON object"), (b"{" * 100, "deeper than"), (b'{"' + b"x" * 2_000_000, "longer")],
 )
 async def test_a_stream_that_cannot_be_followed_is_told_so_and_ended(world: Monitored, said: bytes, told: str) -> None:
-    client = await world.client()
+    client = await world.client(buffer_bytes=4 * MiB)
     client.say(said)
     await client.until_ended()
     assert told in client.heard[-1]["error"]["desc"]
