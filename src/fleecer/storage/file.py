@@ -29,6 +29,7 @@ from fleecer.ranges import Buffer, align_down, align_up
 from fleecer.storage import fallocate
 from fleecer.storage.api import StorageLimits
 from fleecer.storage.locks import lock_image
+from fleecer.storage.paths import identity_of, open_unnamed, sync_directory
 from fleecer.storage.pool import Lane, running_pool
 from fleecer.units import MiB
 
@@ -117,7 +118,7 @@ class FileStorage:
         self.read_only = read_only
         status = os.fstat(fd)
         self.is_block_device = stat.S_ISBLK(status.st_mode)
-        self.identity = (status.st_rdev, 0) if self.is_block_device else (status.st_dev, status.st_ino)
+        self.identity = identity_of(status)
         self.size = os.lseek(fd, 0, os.SEEK_END)
         self._sector_bytes = 1
         if self.is_block_device:
@@ -287,7 +288,7 @@ class FileStorage:
             if self._unsynced_directory is not None:
                 # A new file survives a power cut only with its name.
                 os.fsync(self._fd)
-                _sync_directory(self._unsynced_directory)
+                sync_directory(self._unsynced_directory)
                 self._unsynced_directory = None
             else:
                 os.fdatasync(self._fd)
@@ -412,12 +413,8 @@ def _resize_new(file: io.FileIO, path: str, size: int) -> None:
 
 def _open_unlinked(directory: str) -> FileStorage:
     try:
-        try:
-            file = _open_raw(directory, os.O_TMPFILE | os.O_RDWR)
-        except OSError as error:
-            # EISDIR is what kernels and file systems without O_TMPFILE say.
-            if error.errno not in {errno.EOPNOTSUPP, errno.EISDIR}:
-                raise
+        file = open_unnamed(directory)
+        if file is None:
             fd, path = tempfile.mkstemp(prefix=".fleecer-", dir=directory)
             os.unlink(path)
             file = io.FileIO(fd, "rb+")
@@ -451,11 +448,3 @@ def _check_type(path: str, mode: int, allowed: dict[int, str] = _IMAGE_TYPES) ->
     if kind not in allowed:
         is_now = _FILE_TYPES.get(kind, "of an unknown type")
         raise UsageError(f"image {quoted(path)} is {is_now}; only {' and '.join(allowed.values())} will do")
-
-
-def _sync_directory(path: str) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

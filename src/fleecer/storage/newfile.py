@@ -20,9 +20,9 @@ from typing import Final
 
 from fleecer.errors import IoError
 from fleecer.storage.file import FileStorage
+from fleecer.storage.paths import open_unnamed, sync_directory
 from fleecer.storage.pool import Lane, running_pool
 
-_NO_TMPFILE = frozenset({errno.EOPNOTSUPP, errno.EISDIR})  # what kernels and file systems without O_TMPFILE say
 _NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK})
 _AT_FDCWD = -100
 _RENAME_NOREPLACE = 1
@@ -48,16 +48,14 @@ class NewFile:
     @classmethod
     def _create(cls, directory: str) -> NewFile:
         try:
-            try:
-                fd, hidden = os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600), None
-            except OSError as error:
-                if error.errno not in _NO_TMPFILE:
-                    raise
+            file, hidden = open_unnamed(directory), None
+            if file is None:
                 hidden = _hidden_name(directory)
-                fd = os.open(hidden, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+                flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+                file = io.FileIO(os.open(hidden, flags, 0o600), "rb+")
         except OSError as error:
             raise IoError(error.errno or errno.EIO, directory, "create a file") from error
-        return cls(io.FileIO(fd, "rb+"), directory, hidden)
+        return cls(file, directory, hidden)
 
     async def publish(self, path: str, *, replace: bool = False) -> None:
         """Makes the file and its name `path`, in the directory it was created in, durable.
@@ -109,15 +107,6 @@ async def make_directories(path: str) -> None:
 async def forget_cached(path: str) -> None:
     """Drops what the page cache holds of a file that was synced, so that the next reads come from the device."""
     await running_pool().submit(Lane(), _forget_cached, path)
-
-
-def sync_directory(path: str) -> None:
-    """Makes the names in a directory durable. Raises OSError. It blocks: for a thread."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _hidden_name(directory: str) -> str:

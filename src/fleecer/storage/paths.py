@@ -1,4 +1,4 @@
-"""Names of backing files: what an image's header may make us open.
+"""Names and directories: which files they lead to, how they are made durable, and what a header may make us open.
 
 A header is written by whoever had the image, its guest included. So a name in it is never a protocol or a JSON
 description, and leads, symbolic links followed, into the image's own directory or one that the operator allowed.
@@ -6,6 +6,8 @@ description, and leads, symbolic links followed, into the image's own directory 
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import re
 import stat
@@ -27,6 +29,29 @@ def file_identity(path: str) -> tuple[int, int] | None:
         return identity_of(os.stat(path))
     except OSError:
         return None
+
+
+def open_unnamed(directory: str) -> io.FileIO | None:
+    """A new file without a name in `directory`, mode 0600; None where the file system has no such files.
+
+    Raises OSError. It blocks: for a thread, as `sync_directory`.
+    """
+    try:
+        return io.FileIO(os.open(directory, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, 0o600), "rb+")
+    except OSError as error:
+        # EISDIR is what kernels and file systems without O_TMPFILE say.
+        if error.errno in (errno.EOPNOTSUPP, errno.EISDIR):
+            return None
+        raise
+
+
+def sync_directory(path: str) -> None:
+    """Makes the names in a directory durable. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
 
 
 def resolve_backing(image: str, named: str, allowed: Sequence[str] = ()) -> str:
