@@ -38,7 +38,8 @@ class World:
 
     def slow_disk(self) -> tuple[FaultNode, Edge]:
         """A live disk whose requests can be held, and the guest's edge to it."""
-        memory, _, _ = self.disk("memory")
+        memory, unused, _ = self.disk("memory")
+        self.graph.forget(unused)
         fault = FaultNode("A", self.graph.attach(memory, "node 'A'", "file", writable=True))
         self.graph.add(fault, named=True)
         return fault, self.graph.attach(fault, "export 'A'", "nbd", writable=True)

@@ -10,11 +10,8 @@ Rules for a coroutine started here: until it first waits there is no current tas
 from __future__ import annotations
 
 import asyncio
-import types
 from collections.abc import Coroutine, Generator
-from typing import Any, TypeVar
-
-T = TypeVar("T")
+from typing import Any
 
 # The event loop keeps only weak references to tasks; a request must not vanish while it waits.
 _waiting: set[asyncio.Task[Any]] = set()
@@ -30,26 +27,53 @@ def start(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
         awaited = coroutine.send(None)
     except StopIteration:
         return None
-    task = asyncio.get_running_loop().create_task(_go_on(coroutine, awaited))
+    _mark(awaited, being_awaited=False)
+    task = asyncio.get_running_loop().create_task(_Rest(coroutine, awaited))
     _waiting.add(task)
     task.add_done_callback(_waiting.discard)
     return task
 
 
-async def _go_on(coroutine: Coroutine[Any, Any, T], awaited: Any) -> T:
-    return await _rest(coroutine, awaited)
+class _Rest(Coroutine[Any, Any, None]):
+    """What is left of a coroutine that has asked to wait for `awaited`, for a task to run.
+
+    It is no coroutine function: a task that is cancelled before its first step does not even enter one, and what waits
+    inside would never hear of it.
+    """
+
+    __slots__ = ("_awaited", "_coroutine", "_is_begun")
+
+    def __init__(self, coroutine: Coroutine[Any, Any, None], awaited: Any) -> None:
+        self._coroutine = coroutine
+        self._awaited = awaited
+        self._is_begun = False
+
+    def send(self, value: Any) -> Any:
+        """Hands the task what is waited for already; from then on, whatever the coroutine asks to wait for."""
+        if self._is_begun:
+            return self._coroutine.send(value)
+        self._is_begun = True
+        _mark(self._awaited, being_awaited=True)
+        return self._awaited
+
+    def throw(self, kind: Any, value: Any = None, trace: Any = None) -> Any:
+        """Raises a cancel, or the failure of what was waited for, where the coroutine waits."""
+        self._is_begun = True
+        return self._coroutine.throw(kind) if value is None else self._coroutine.throw(kind, value, trace)
+
+    def close(self) -> None:
+        """Ends the coroutine where it waits."""
+        self._coroutine.close()
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        raise AssertionError("only a task runs this")
 
 
-@types.coroutine
-def _rest(coroutine: Coroutine[Any, Any, T], awaited: Any) -> Generator[Any, Any, T]:
-    """Waits for what `coroutine` has already asked to wait for, then runs the rest of it."""
-    try:
-        sent = yield awaited
-    except BaseException as error:  # noqa: BLE001 - a cancel or a failed wait belongs to the coroutine, whichever it is
-        try:
-            awaited = coroutine.throw(error)
-        except StopIteration as stop:
-            return stop.value  # type: ignore[no-any-return]
-        return (yield from _rest(coroutine, awaited))
-    assert sent is None, "futures are awaited for their completion; nothing is sent into a coroutine"
-    return (yield from coroutine.__await__())
+def _mark(awaited: Any, *, being_awaited: bool) -> None:
+    """Sets or clears the mark by which a task knows that what it was handed is a future being awaited.
+
+    A future has one mark, set by `await` and cleared by the task. Between the two nobody else can await it; so it is
+    cleared here while the task, which comes only in the next turn of the loop, is yet to see it.
+    """
+    if awaited is not None:  # asyncio.sleep(0) waits for nothing
+        awaited._asyncio_future_blocking = being_awaited  # noqa: SLF001 - the protocol of asyncio's futures and tasks

@@ -14,7 +14,8 @@ Invariants:
 - Done is set before frozen reads are waited for. A new reader finds it done and leaves the disk alone, so it ends.
 - Choosing between scratch and disk, and freezing the range of the disk, happen with no await between.
 - A failed copy is unmarked before its waiters wake, and they look again.
-- A snapshot that broke never answers a read again: breakage is looked at after every read, before its data is used.
+- A snapshot that broke or ended never answers a read again: that is looked at after every read, before its data is
+  used.
 - A copy given up (timed out, or nobody needs it any more) never marks anything done.
 - A snapshot is taken only while every edge through which the disk is changed is drained.
 - A failure here fails no guest's change, unless `on_error` says so; it breaks the snapshots that needed the copy.
@@ -79,9 +80,11 @@ class Snapshot:
         self.on_broken: Callable[[Snapshot], None] | None = None
 
     def check(self) -> None:
-        """Raises the failure that broke the snapshot, if any: after each read, before its data is used."""
+        """Raises if the snapshot broke or has ended: after each read, before its data is used."""
         if self.broken is not None:
             raise SnapshotBroken(self.name, self.broken.cause)
+        if not self.living:
+            raise SnapshotBroken(self.name, "it has ended")
 
 
 class _Copy:
@@ -193,11 +196,22 @@ class Copier:
         serving = self._snapshots[self._snapshots.index(self._newest) :]
         for holder in serving:
             self._settled.update(holder.done)
-        if len(readable) == 1 and self._newest.revoked is not None:
-            self._settled.update(self._newest.revoked)
+        if self._newest.revoked is not None:
+            self._settled.update(self._unwanted(self._newest.revoked, readable[:-1]))
         for copy in self._copies:
             if copy.snapshot in serving:  # one for an older snapshot does not help this one
                 self._settled.set(copy.start, copy.end)
+
+    def _unwanted(self, revoked: Bitmap, older: list[Snapshot]) -> Bitmap:
+        """Those of the `revoked` clusters that no `older` snapshot would read from the disk either."""
+        unwanted = Bitmap()
+        unwanted.update(revoked)
+        for first, end, is_revoked in revoked.runs(0, -(-self.source.size // self.cluster_size_bytes)):
+            for snapshot in older if is_revoked else ():
+                for holder, start, stop in self._runs(snapshot, first, end):
+                    if holder is None:
+                        unwanted.clear(start, stop)
+        return unwanted
 
     # The guest's side.
 

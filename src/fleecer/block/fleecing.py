@@ -10,7 +10,9 @@ Invariants:
 - Copies serialise whenever the disk is anywhere in the target's backing chain.
 - A target through which the past is read directly answers no read once its snapshot broke or ended (`Node.check`):
   it would be the disk's present. Nor is it used again for another instant: it would be a mixture.
-- Whoever writes to the disk otherwise than through the filter makes the cut fail.
+- Whoever writes to the disk otherwise than through the filter makes the cut fail; so does who may make it grow, and a
+  target on which the disk itself depends.
+- The filter stays until its last snapshot has ended, also while nobody uses the disk.
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ from collections.abc import Sequence
 
 from fleecer.block.copier import CLUSTER_SIZE_BYTES, TIMEOUT_S, Copier, OnError, Snapshot
 from fleecer.block.edge import Edge
-from fleecer.block.graph import DRAIN_TIMEOUT_S, FILTER_ROLE, Graph
+from fleecer.block.graph import DRAIN_TIMEOUT_S, FILTER_ROLE, SNAPSHOT_ROLE, Graph
 from fleecer.block.node import Node
 from fleecer.block.nodes.copy_before_write import CopyBeforeWriteNode
-from fleecer.errors import UsageError, quoted
+from fleecer.block.nodes.filter import FilterNode
+from fleecer.errors import PermissionConflict, UsageError, quoted
 
 
 @dataclasses.dataclass(slots=True)
@@ -53,6 +56,8 @@ class Fleece:
     filter: CopyBeforeWriteNode
     snapshot: Snapshot
     shared: bool
+    hold: Edge
+    """Keeps the filter above the disk while nobody uses the disk: whoever comes next must pass it."""
 
     @property
     def copier(self) -> Copier:
@@ -81,6 +86,9 @@ async def cut(graph: Graph, plans: Sequence[Plan], *, timeout_s: float = DRAIN_T
         if plan.scratch.node.check is not None:
             target = quoted(plan.scratch.node.name)
             raise UsageError(f"target {target} holds the past of an earlier instant; make a new one for each")
+        if graph.reaches(plan.node, plan.scratch.node):
+            target = quoted(plan.scratch.node.name)
+            raise UsageError(f"target {target} is the disk {quoted(plan.node.name)} itself, or is part of it")
         if plan.filter_name is not None:
             graph.claim_name(plan.filter_name)
 
@@ -92,14 +100,19 @@ async def cut(graph: Graph, plans: Sequence[Plan], *, timeout_s: float = DRAIN_T
         return list(chosen.values())
 
     done: list[Fleece] = []
-    async with graph.drained(covered, timeout_s=timeout_s):
-        try:
-            for plan in plans:
-                done.append(_cut_one(graph, plan))  # noqa: PERF401 - if one fails, those done are taken back
-        except BaseException:
-            for fleece in reversed(done):
-                _uncut_drained(graph, fleece)
-            raise
+    bypassed: list[CopyBeforeWriteNode] = []
+    try:
+        async with graph.drained(covered, timeout_s=timeout_s):
+            try:
+                for plan in plans:
+                    done.append(_cut_one(graph, plan))  # noqa: PERF401 - if one fails, those done are taken back
+            except BaseException:
+                bypassed += [fleece.filter for fleece in reversed(done) if _uncut_drained(graph, fleece)]
+                raise
+    except BaseException:
+        for filter_node in bypassed:
+            await graph.drop_bypassed(filter_node)
+        raise
     return done
 
 
@@ -109,8 +122,13 @@ def _cut_one(graph: Graph, plan: Plan) -> Fleece:
     if plan.share and isinstance(node, CopyBeforeWriteNode) and node.shared:
         snapshot = node.copier.take(plan.name, plan.scratch, fresh=plan.fresh)
         node.follow_scratches()
-        return Fleece(node, snapshot, shared=True)
+        return Fleece(node, snapshot, shared=True, hold=_hold(graph, node, plan))
     covered = graph.edges_to_cover(node, target)
+    for edge in covered:
+        if _may_grow(graph, edge):
+            raise PermissionConflict(
+                f"{edge} may make node {quoted(node.name)} grow, and what grows has no snapshot; choose the node above"
+            )
     source = Edge(node, f"node {quoted(plan.filter_name or plan.name)}", FILTER_ROLE, writable=not node.read_only)
     copier = Copier(
         source,
@@ -125,7 +143,19 @@ def _cut_one(graph: Graph, plan: Plan) -> Fleece:
     if fleecing:
         target.check = snapshot.check  # whoever reads the disk's past through the target hears of it if that breaks
     filter_node.follow_scratches()
-    return Fleece(filter_node, snapshot, shared=plan.share)
+    return Fleece(filter_node, snapshot, shared=plan.share, hold=_hold(graph, filter_node, plan))
+
+
+def _hold(graph: Graph, filter_node: CopyBeforeWriteNode, plan: Plan) -> Edge:
+    return graph.attach(filter_node, f"snapshot {quoted(plan.name)}", SNAPSHOT_ROLE)
+
+
+def _may_grow(graph: Graph, edge: Edge) -> bool:
+    """Whether writes by `edge` may pass the node's end: filters let those pass that their own holders may make."""
+    holder = graph.holder(edge)
+    return edge.may_grow and (
+        not isinstance(holder, FilterNode) or any(_may_grow(graph, above) for above in graph.parents(holder))
+    )
 
 
 def _look_for_filter(graph: Graph, plan: Plan) -> None:
@@ -138,13 +168,19 @@ def _look_for_filter(graph: Graph, plan: Plan) -> None:
             return
 
 
-def _uncut_drained(graph: Graph, fleece: Fleece) -> None:
-    """Takes back a cut of this very step; everything is still drained, so nothing was copied."""
+def _uncut_drained(graph: Graph, fleece: Fleece) -> bool:
+    """Takes back a cut of this very step; everything is still drained, so nothing was copied.
+
+    Returns whether that took the filter out, for `Graph.drop_bypassed`.
+    """
     fleece.copier.retire(fleece.snapshot)
     fleece.filter.follow_scratches()
     fleece.snapshot.scratch.node.check = None
-    if not fleece.copier.snapshots:
-        graph.bypass(fleece.filter)
+    graph.forget(fleece.hold)
+    if fleece.copier.snapshots:
+        return False
+    graph.bypass(fleece.filter)
+    return True
 
 
 async def uncut(graph: Graph, fleece: Fleece, *, timeout_s: float = DRAIN_TIMEOUT_S) -> None:
@@ -154,6 +190,7 @@ async def uncut(graph: Graph, fleece: Fleece, *, timeout_s: float = DRAIN_TIMEOU
     the disk does not come to rest so that the filter could be taken out; the filter then stays, idle and harmless.
     """
     await release_scratch(graph, fleece)
+    await graph.detach(fleece.hold)
     filter_node = fleece.filter
     if filter_node.copier.snapshots or filter_node not in graph.nodes():
         return

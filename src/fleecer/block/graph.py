@@ -2,7 +2,8 @@
 
 Invariants:
 - Every edge is made by `attach` and ended by `detach`; a node without edges that its owner did not name is closed.
-- Two edges of a node never conflict: none writes where another does not share writing.
+- Two edges of a node never conflict: none writes where another does not share writing. The same holds along first
+  children, which hold the same data: whoever does not share a node's writing does not share what it is made of.
 - A live change closes the gates of all edges concerned, waits until no request is in flight behind any, changes, and
   opens them: what is done inside `drained` is one instant for every request.
 - One drain at a time; those who drain wait for one another, and never while they hold a gate.
@@ -134,6 +135,8 @@ class Graph:
             )
         edge = Edge(node, parent, role, writable=writable, shares_write=shares_write, may_grow=may_grow)
         _check_permissions(node, edge, self._edges[node])
+        self._check_below(node, edge)
+        self._check_above(node, edge)
         self._edges[node].append(edge)
         return edge
 
@@ -165,11 +168,34 @@ class Graph:
 
     def top(self, node: Node) -> Node:
         """The topmost filter that protects `node` against changes that pass it by, or `node` itself."""
-        covers = [edge for edge in self._edges[node] if edge.role == FILTER_ROLE]
-        return self.top(self._parent_of(covers[0])) if covers else node
+        for edge in self._edges[node]:
+            holder = self.holder(edge) if edge.role == FILTER_ROLE else None
+            if holder is not None:
+                return self.top(holder)
+        return node
 
-    def _parent_of(self, edge: Edge) -> Node:
-        return next(node for node in self._nodes.values() if edge in node.children)
+    def holder(self, edge: Edge) -> Node | None:
+        """The node whose child `edge` leads to; None for the edge of an export or a job."""
+        return next((node for node in self._nodes.values() if edge in node.children), None)
+
+    def _check_below(self, node: Node, edge: Edge) -> None:
+        """Raises PermissionConflict where `edge` shares no writing of `node`, and somebody writes to it further down.
+
+        A node's first child holds the same data as it; a backing node is another disk.
+        """
+        while not edge.shares_write and node.children and node.children[0].role != SNAPSHOT_ROLE:
+            way = node.children[0]
+            node = way.node
+            others = [other for other in self.parents(node) if other is not way and other.writable]
+            _check_permissions(node, edge, others)
+
+    def _check_above(self, node: Node, edge: Edge) -> None:
+        """Raises PermissionConflict where `edge` writes to `node`, and somebody does not share that further up."""
+        for way in self.parents(node) if edge.writable else ():
+            holder = self.holder(way)
+            if holder is not None and way is holder.children[0] and way.role != SNAPSHOT_ROLE:
+                _check_permissions(node, edge, [other for other in self.parents(holder) if not other.shares_write])
+                self._check_above(holder, edge)
 
     def reaches(self, start: Node, target: Node) -> bool:
         """Whether `target` is `start` or anywhere below it (backing chain, filters, files)."""
@@ -225,12 +251,13 @@ class Graph:
         """Puts `filter_node` between the drained edges `covered` and their node, to which its edge `below` leads.
 
         The filter lives as long as it has edges. Raises PermissionConflict before anything changed, where somebody
-        outside `covered` writes to the node: the filter would not see those writes.
+        outside `covered` writes to the node, or to what it is made of: the filter would not see those writes.
         """
         node = below.node
         moving = list(covered)
         below.shares_write = False
         _check_permissions(node, below, [edge for edge in self._edges[node] if edge not in moving])
+        self._check_below(node, below)
         self.add(filter_node, named=False)
         self._edges[node].append(below)
         self._move(moving, filter_node)
@@ -239,8 +266,10 @@ class Graph:
         """Makes every drained edge to `filter_node` lead to its first child instead. `drop_bypassed` must follow."""
         self._move(self.parents(filter_node), filter_node.children[0].node)
         del self._nodes[filter_node.name]
-        # Its own edge may have requests of background copies in flight still, but forbids nobody anything from now on.
+        # Its own edge may have reads of background copies in flight still, but stands in nobody's way from now on.
+        filter_node.children[0].writable = False
         filter_node.children[0].shares_write = True
+        filter_node.children[0].role = SNAPSHOT_ROLE
 
     async def drop_bypassed(self, filter_node: Node) -> None:
         """Closes a filter that `bypass` took out, once its own requests have ended."""

@@ -27,7 +27,7 @@ class Claim:
         self.end = end
         self.serialising = serialising
         self.blockers = 0
-        self.dependents: list[Claim] = []
+        self.dependents: list[Claim] | None = None  # made when there is one: most claims never have any
         self.waiter: asyncio.Future[bool] | None = None
 
     async def granted(self) -> None:
@@ -46,7 +46,7 @@ class InFlight:
     __slots__ = ("_claims", "_serialise", "_serialising_count")
 
     def __init__(self, *, serialise: bool = True) -> None:
-        self._claims: list[Claim] = []
+        self._claims: dict[Claim, None] = {}  # in the order of entry
         self._serialising_count = 0
         self._serialise = serialise
 
@@ -58,14 +58,18 @@ class InFlight:
         claim = Claim(offset, offset + length, serialising)
         if self._claims and (serialising or self._serialising_count) and self._serialise:
             self._hang_behind(claim)
-        self._claims.append(claim)
-        self._serialising_count += serialising
+        self._claims[claim] = None
+        if serialising:
+            self._serialising_count += 1
         return claim
 
     def leave(self, claim: Claim) -> None:
         """Ends a claim and releases whoever waited for it."""
-        self._claims.remove(claim)
-        self._serialising_count -= claim.serialising
+        del self._claims[claim]
+        if claim.serialising:
+            self._serialising_count -= 1
+        if claim.dependents is None:
+            return
         for dependent in claim.dependents:
             dependent.blockers -= 1
             waiter = dependent.waiter
@@ -95,5 +99,7 @@ class InFlight:
         start, end, serialising = claim.start, claim.end, claim.serialising
         for earlier in self._claims:
             if earlier.start < end and start < earlier.end and (serialising or earlier.serialising):
+                if earlier.dependents is None:
+                    earlier.dependents = []
                 earlier.dependents.append(claim)
                 claim.blockers += 1

@@ -101,7 +101,9 @@ class Opener:
                 return await self._copy_before_write(name, options, edges)
             case opt.SnapshotAccessOptions():
                 return await self._snapshot_access(name, options, edges)
-        child = await self._child(name, "file", options.file, edges, writable=not options.read_only)
+        writable = not options.read_only
+        # Growth is the say of whoever holds the filter: a qcow2 node's file may be reached through one.
+        child = await self._child(name, "file", options.file, edges, writable=writable, may_grow=writable)
         match options:
             case opt.ThrottleOptions():
                 return ThrottleNode(

@@ -155,23 +155,35 @@ class Snapshots:
         Raises NotFound, or what kept a filter in place (the snapshot is gone all the same).
         """
         async with self._changing:
-            taken = self.find(name)
-            del self._sets[name]
-            failure: FleecerError | None = None
-            for part in taken.parts:
-                try:
-                    await self._withdraw(part)
-                except FleecerError as error:
-                    failure = failure or error
-            self._daemon.events.announce("SNAPSHOT_DELETED", {"name": name})
-            if failure is not None:
-                raise failure
+            await self._delete(self.find(name))
 
     async def delete_all(self) -> None:
-        """Ends every snapshot, and returns when the scratches of broken ones are given back too: for shutting down."""
-        for name in list(self._sets):
-            await self.delete(name)
+        """Ends every snapshot, also one being made, and gives the scratches of broken ones back: for shutting down.
+
+        Raises the first failure after all has been tried.
+        """
+        failure: FleecerError | None = None
+        async with self._changing:
+            for taken in self.sets():
+                try:
+                    await self._delete(taken)
+                except FleecerError as error:
+                    failure = failure or error
         await asyncio.gather(*self._releasing)
+        if failure is not None:
+            raise failure
+
+    async def _delete(self, taken: SnapshotSet) -> None:
+        del self._sets[taken.name]
+        failure: FleecerError | None = None
+        for part in taken.parts:
+            try:
+                await self._withdraw(part)
+            except FleecerError as error:
+                failure = failure or error
+        self._daemon.events.announce("SNAPSHOT_DELETED", {"name": taken.name})
+        if failure is not None:
+            raise failure
 
     def _free_name(self, name: str | None) -> str:
         if name is None:

@@ -42,7 +42,7 @@ json_values = st.recursive(
 )
 
 
-@settings(deadline=None)
+@settings(deadline=None, max_examples=40)
 @given(st.lists(st.dictionaries(st.text(), json_values)), st.lists(st.integers(1, 20)), st.booleans())
 def test_any_objects_in_any_pieces_come_out_as_they_went_in(
     objects: list[dict[str, object]], cuts: list[int], ascii_only: bool
