@@ -79,8 +79,11 @@ class World:
     async def start(
         self, *pairs: tuple[Node, Node], sync: Literal["none", "full"] = "none", **more: Any
     ) -> list[BackupJob]:
+        defaults = {"auto_dismiss": False}
         requests = [
-            BackupRequest(f"job-{target.name}", device, target, sync, **({"auto_dismiss": False} | more))
+            BackupRequest(
+                device=device, target=target, sync=sync, **({"job_id": f"job-{target.name}"} | defaults | more)
+            )
             for device, target in pairs
         ]
         return await start_backups(self.graph, self.table, requests, self.announce)

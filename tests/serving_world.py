@@ -15,8 +15,9 @@ from fleecer.net.nbd_client import ALLOCATION, NbdClient
 from fleecer.testing.memory import MemoryNode
 from fleecer.testing.streams import MemoryStream, memory_streams
 from fleecer.units import KiB
-from fleecer.wire.nbd import ClientCodec, Reply
+from fleecer.wire.nbd import ClientCodec, ExportInfo, Reply, Request, ServerCodec
 from fleecer.wire.nbd import constants as nbd
+from tests.nbd_world import Shelf, sent
 
 SIZE = 256 * KiB
 
@@ -124,6 +125,46 @@ class OldClient:
         while not self.ended:
             self._changed.clear()
             await self._changed.wait()
+
+
+class ScriptedServer:
+    """A server that does with each request what a test says; by default it keeps silent."""
+
+    def __init__(self, stream: MemoryStream, info: ExportInfo) -> None:
+        self.stream = stream
+        self.codec = ServerCodec(Shelf(info))
+        self.requests: list[Request] = []
+        self.on_request: Callable[[Request], None] = lambda request: None
+        self.ended = False
+        self.receives = 0
+        stream.begin(self)
+        self.send()
+
+    def receive_buffer(self) -> memoryview:
+        return self.codec.receive_buffer()
+
+    def received(self, count: int) -> None:
+        self.receives += 1
+        for request in self.codec.received(count):
+            self.requests.append(request)
+            self.on_request(request)
+        self.send()
+
+    def send(self) -> None:
+        self.stream.send([sent(self.codec)])
+
+    def sent(self) -> None:
+        pass
+
+    def closed(self, error: IoError | None) -> None:
+        self.ended = True
+
+
+async def scripted(info: ExportInfo | None = None) -> tuple[NbdClient, ScriptedServer]:
+    """A client of a scripted server."""
+    ours, theirs = memory_streams()
+    server = ScriptedServer(theirs, info or ExportInfo(name="disk", size=SIZE, contexts=("base:allocation",)))
+    return await NbdClient.connect(ours, "disk"), server
 
 
 class Serving:

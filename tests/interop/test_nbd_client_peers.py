@@ -102,6 +102,19 @@ async def test_an_nbd_node_keeps_the_contract_over(name: str, tmp_path: Path) ->
                 raise AssertionError(f"{case}: {error}") from error
 
 
+@pytest.mark.parametrize(
+    ("name", "can_zero", "can_discard"),
+    [("nbdkit memory", True, True), ("nbdkit without zeroing", False, True), ("qemu-nbd", True, True)],
+)
+async def test_what_a_server_can_do_is_what_the_node_can(
+    tmp_path: Path, name: str, can_zero: bool, can_discard: bool
+) -> None:
+    with serving(tmp_path, SERVERS[name]) as path:
+        node = await connect(path)
+        assert (node.limits.zero_is_fast, node.limits.can_discard) == (can_zero, can_discard)
+        await node.close()
+
+
 async def test_holes_and_zeroes_of_a_server_are_seen(tmp_path: Path) -> None:
     with serving(tmp_path, SERVERS["nbdkit file"]) as path:
         node = await connect(path)

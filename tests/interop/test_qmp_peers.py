@@ -58,7 +58,8 @@ async def test_qemus_client_library_drives_a_fleecing_job(tmp_path: Path) -> Non
             await execute("job-cancel", id="j")
             await execute("job-dismiss", id="j")
             while statuses[-1:] != ["null"]:
-                statuses.append((await listener.get())["data"]["status"])
+                event: Any = await listener.get()
+                statuses.append(event["data"]["status"])
         assert statuses == ["created", "running", "aborting", "concluded", "null"]
         await execute("quit")
         await quitting.wait()

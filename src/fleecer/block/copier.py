@@ -17,6 +17,7 @@ Invariants:
 - A snapshot that broke or ended never answers a read again: that is looked at after every read, before its data is
   used.
 - A copy given up (timed out, or nobody needs it any more) never marks anything done.
+- Old data in memory is bounded, whatever a change spans, and so is the time for which the loop is held up by it.
 - A snapshot is taken only while every edge through which the disk is changed is drained.
 - A failure here fails no guest's change, unless `on_error` says so; it breaks the snapshots that needed the copy.
 """
@@ -44,6 +45,8 @@ CLUSTER_SIZE_MAX = 64 * MiB
 TIMEOUT_S = 15.0
 """How long a guest's write waits for a copy unless told otherwise: well below the 30 s after which guests give up."""
 COPY_MAX_BYTES = 1 * MiB
+COPIES_MAX_BYTES = 8 * MiB
+"""Old data in memory at once, besides one copy for each change: one discard may span gigabytes."""
 FREEZE_MAX_BYTES = 1 * MiB
 """Longest piece of the disk a snapshot read holds frozen at once: a write never waits for more than that."""
 
@@ -248,6 +251,10 @@ class Copier:
                     self._copy_timed_out(under_way, offset, length)
             elif self._newest is None or self._settled.all(first, end):
                 break
+            elif deadline is not None and asyncio.get_running_loop().time() > deadline:
+                self._change_timed_out(first, end, offset, length)
+            else:
+                await asyncio.sleep(0)  # much was copied without a wait: others have their turn before the rest is
         start, stop = first * self.cluster_size_bytes, end * self.cluster_size_bytes
         for snapshot in list(self._snapshots):
             reading = snapshot.frozen.until_clear(start, stop - start)
@@ -270,6 +277,7 @@ class Copier:
                     raise copy.error
             if self._settled.all(first, end):
                 return
+            await asyncio.sleep(0)
 
     def settle_zeroes(self, offset: int, length: int) -> None:
         """The disk reads as zeroes there, as its block status just said, and a fresh scratch does too: no copy needed.
@@ -285,15 +293,23 @@ class Copier:
                 self._settled.set(start, stop)
 
     def _start_copies(self, first: int, end: int, mine: list[_Copy]) -> None:
-        """Starts copying every run of the range that is not settled. A copy that need not wait has ended on return."""
+        """Starts copying what of the range is not settled, as far as there is room; at least one copy if none is `mine`.
+
+        A copy that need not wait has ended on return. `mine` keeps those that have failed or are under way.
+        """
+        mine[:] = [copy for copy in mine if copy.error is not None or copy in self._copies]
+        room = COPIES_MAX_BYTES // self.cluster_size_bytes - sum(copy.end - copy.start for copy in self._copies)
         while first < end and self._newest is not None:
             settled, stop = self._settled.run(first, end)
             if not settled:
+                if room <= 0 and mine:
+                    return
                 stop = min(stop, first + max(1, COPY_MAX_BYTES // self.cluster_size_bytes))
                 copy = _Copy(first, stop, self._newest)
                 self._settled.set(first, stop)
                 self._copies.append(copy)
                 mine.append(copy)
+                room -= stop - first
                 eager.start(self._perform(copy))
                 if copy.error is not None:
                     return
@@ -331,12 +347,18 @@ class Copier:
         copy.wake()
 
     def _copy_timed_out(self, copy: _Copy, offset: int, length: int) -> None:
-        what = f"copying its old data to {copy.snapshot.scratch.node.name} took longer than {self.timeout_s:g} s"
+        if self.on_error == "break-guest-write" or copy in self._copies:
+            self._change_timed_out(copy.start, copy.end, offset, length, copy)
+
+    def _change_timed_out(self, first: int, end: int, offset: int, length: int, copy: _Copy | None = None) -> None:
+        to = copy.snapshot if copy is not None else self._newest
+        assert to is not None, "where no copy is under way, nobody waits but for the newest snapshot"
+        what = f"copying its old data to {to.scratch.node.name} took longer than {self.timeout_s:g} s"
         if self.on_error == "break-guest-write":
             raise IoError(errno.ETIMEDOUT, self.source.node.name, "write", offset, length, what)
-        if copy in self._copies:
+        if copy is not None:
             self._give_up(copy)
-            self._break_all_that_need(copy.start, copy.end, what)
+        self._break_all_that_need(first, end, what)
 
     def _reader_timed_out(self, snapshot: Snapshot, offset: int, length: int) -> None:
         what = f"a read of the disk for it took longer than {self.timeout_s:g} s"

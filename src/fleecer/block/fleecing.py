@@ -26,7 +26,7 @@ from fleecer.block.graph import DRAIN_TIMEOUT_S, FILTER_ROLE, SNAPSHOT_ROLE, Gra
 from fleecer.block.node import Node
 from fleecer.block.nodes.copy_before_write import CopyBeforeWriteNode
 from fleecer.block.nodes.filter import FilterNode
-from fleecer.errors import PermissionConflict, UsageError, quoted
+from fleecer.errors import NotFound, PermissionConflict, UsageError, quoted
 
 
 @dataclasses.dataclass(slots=True)
@@ -95,6 +95,7 @@ async def cut(graph: Graph, plans: Sequence[Plan], *, timeout_s: float = DRAIN_T
     def covered() -> list[Edge]:
         chosen: dict[int, Edge] = {}
         for plan in plans:
+            _follow_changes(graph, plan)
             _look_for_filter(graph, plan)
             chosen.update((id(edge), edge) for edge in graph.edges_to_cover(plan.node, plan.scratch.node))
         return list(chosen.values())
@@ -156,6 +157,15 @@ def _may_grow(graph: Graph, edge: Edge) -> bool:
     return edge.may_grow and (
         not isinstance(holder, FilterNode) or any(_may_grow(graph, above) for above in graph.parents(holder))
     )
+
+
+def _follow_changes(graph: Graph, plan: Plan) -> None:
+    """Plans for what the node led to, if it was a filter that went while we waited for our turn."""
+    nodes = graph.nodes()
+    while isinstance(plan.node, CopyBeforeWriteNode) and plan.node not in nodes:
+        plan.node = plan.node.child.node
+    if plan.node not in nodes:
+        raise NotFound("node", plan.node.name)
 
 
 def _look_for_filter(graph: Graph, plan: Plan) -> None:

@@ -105,11 +105,15 @@ class BackupJob(Job):
     async def _clean_up(self) -> None:
         snapshot = self.fleece.snapshot
         snapshot.on_broken = None
-        if self._complete:
-            snapshot.scratch.node.check = None
+        if snapshot.serialising and self._complete:
+            snapshot.scratch.node.check = _whole
         elif snapshot.serialising:
             self.fleece.copier.break_snapshot(snapshot, f"fleecing job {quoted(self.job_id)} has ended")
         await uncut(self._graph, self.fleece)
+
+
+def _whole() -> None:
+    """The check of a target that has the whole disk: nothing that happens to the disk makes it untrue any more."""
 
 
 def _check_ids(table: JobTable, requests: Sequence[BackupRequest]) -> None:

@@ -175,10 +175,7 @@ class _Session:
         self._queue.clear()
         if self._task is not None:
             await asyncio.shield(self._task)
-        if self._stream.queued_bytes:
-            self._stream.abort()  # the client does not read; nobody waits for it
-        else:
-            self._stream.close()
+        self._stream.close()
         given_up = asyncio.get_running_loop().call_later(CLOSE_GRACE_S, self._stream.abort)
         await asyncio.shield(self._ended)
         given_up.cancel()

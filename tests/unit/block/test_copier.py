@@ -12,9 +12,13 @@ from tests.fleecing_world import CLUSTER, SIZE, Taken, World, together
 from fleecer.block.copier import Snapshot
 from fleecer.block.edge import Edge
 from fleecer.block.fleecing import Plan, cut
+from fleecer.block.graph import SNAPSHOT_ROLE
+from fleecer.block.node import Extent
 from fleecer.block.nodes.fault import FaultNode
 from fleecer.block.nodes.file import FileNode
-from fleecer.errors import IoError, PermissionConflict, SnapshotBroken
+from fleecer.block.nodes.raw import RawNode
+from fleecer.block.nodes.snapshot_access import SnapshotAccessNode
+from fleecer.errors import IoError, NotFound, PermissionConflict, SnapshotBroken, UsageError
 from fleecer.testing.memory import MemoryStorage, random_turns
 
 
@@ -316,20 +320,49 @@ async def test_preserved_status_tells_what_is_in_the_scratch() -> None:
     assert [tuple(e) for e in extents] == [(CLUSTER - 100, 0), (CLUSTER, 1), (SIZE - 2 * CLUSTER, 0)]
 
 
-async def test_a_discard_waits_for_reads_of_its_range() -> None:
+@pytest.mark.parametrize("operation", ["read", "block status"])
+async def test_a_discard_waits_for_reads_of_its_range(operation: Literal["read", "block status"]) -> None:
     world = World()
     fault, scratch = faulty(world, "faulty", world.scratch()[0])
     taken = await world.take(scratch=scratch)
     await world.top.pwrite(0, b"x")
-    held = fault.hold("read", 0, 512)
-    reading = asyncio.ensure_future(taken.edge.pread(0, 512))
+    held = fault.hold(operation, 0, 512)
+    request = taken.edge.pread(0, 512) if operation == "read" else taken.edge.block_status(0, 512)
+    reading: asyncio.Future[object] = asyncio.ensure_future(request)
     await held.reached()
     discarding = asyncio.ensure_future(taken.edge.discard(0, CLUSTER))
     await turns()
-    assert not discarding.done()
+    assert not discarding.done(), "what the scratch holds must not go while it is looked at"
     held.release()
-    assert bytes(await reading) == taken.image[:512]
+    assert await reading == (taken.image[:512] if operation == "read" else [Extent(512, 0)])
     await discarding
+
+
+async def test_what_every_reader_gave_back_is_not_copied_whatever_comes_and_goes() -> None:
+    world = World()
+    older, newer = await world.take(), await world.take()
+    await older.edge.discard(0, 2 * CLUSTER)
+    await newer.edge.discard(0, CLUSTER)
+    await world.drop(await world.take())  # makes the copier find anew what needs no copy
+    await world.top.pwrite(0, b"x" * 2 * CLUSTER)
+    assert not newer.fleece.snapshot.done[0]
+    assert newer.fleece.snapshot.done[1], "one of them still reads it"
+    assert bytes(await newer.edge.pread(CLUSTER, CLUSTER)) == newer.image[CLUSTER : 2 * CLUSTER]
+
+
+async def test_an_ended_snapshot_answers_no_read_also_to_who_still_holds_it() -> None:
+    world = World()
+    older, newer = await world.take(), await world.take()
+    below = world.graph.attach(newer.fleece.filter, "somebody", SNAPSHOT_ROLE)
+    access = SnapshotAccessNode("access", below, newer.fleece.copier, newer.fleece.snapshot)
+    world.graph.add(access, named=True)
+    reader = world.graph.attach(access, "late reader", "nbd")
+    await world.drop(newer)
+    await world.top.pwrite(0, b"new" * CLUSTER)  # copied for the older one alone
+    for attempt in (reader.pread(0, 512), reader.block_status(0, 512)):
+        with pytest.raises(SnapshotBroken, match="snapshot is broken: it has ended"):
+            await attempt
+    await world.check_whole(older)
 
 
 async def test_a_discard_that_races_a_copy_leaves_nothing_in_the_scratch() -> None:
@@ -395,6 +428,87 @@ async def test_all_disks_are_cut_or_none() -> None:
     assert [top.node.driver for top in tops] == ["file"] * 3
     await tops[0].pwrite(0, b"nothing is copied")
     assert not any(plan.scratch.node.storage.data for plan in wanted if any(plan.scratch.node.storage.data))  # type: ignore[attr-defined]
+
+
+async def test_a_cut_that_fails_takes_back_the_filters_it_put_in() -> None:
+    world, tops = three_disks()
+    wanted = plans(world, tops)
+    wanted[0].filter_name = wanted[1].filter_name = "one name for two"
+    with pytest.raises(UsageError, match="node name 'one name for two' is taken"):
+        await cut(world.graph, wanted)
+    disks = [world.graph.find(name) for name in ("disk", "disk1", "disk2")]
+    assert [world.graph.parents(disk) for disk in disks] == [(top,) for top in tops]
+    assert [world.graph.top(disk) for disk in disks] == disks
+    wanted[1].filter_name = None
+    assert len(await cut(world.graph, wanted)) == 3, "as if the first had not been tried"
+
+
+async def test_a_cut_follows_a_filter_that_goes_while_it_waits_for_its_turn() -> None:
+    world, fault = world_on_faulty_disk()
+    first = await world.take()
+    held = fault.hold("write")
+    late = asyncio.ensure_future(world.top.pwrite(0, b"x"))
+    await held.reached()
+    dropping = asyncio.ensure_future(world.drop(first))
+    await turns()
+    taking = asyncio.ensure_future(world.take())  # of the filter, which is about to go
+    await turns()
+    assert not taking.done()
+    held.release()
+    await late
+    await dropping
+    second = await taking
+    assert second.fleece.filter is not first.fleece.filter
+    assert world.top.node is second.fleece.filter
+    await world.top.pwrite(0, b"changed")
+    await world.check_whole(second)
+
+
+async def test_a_cut_whose_disk_goes_while_it_waits_for_its_turn_is_refused() -> None:
+    world, fault = world_on_faulty_disk()
+    node = FileNode("other", MemoryStorage(SIZE))
+    world.graph.add(node, named=True)
+    held = fault.hold("write")
+    late = asyncio.ensure_future(world.top.pwrite(0, b"x"))
+    await held.reached()
+    taking = asyncio.ensure_future(world.take())
+    await turns()
+    other = asyncio.ensure_future(cut(world.graph, [Plan(node, world.scratch()[0], "s")]))
+    await turns()
+    await world.graph.remove("other")
+    held.release()
+    await late
+    await taking
+    with pytest.raises(NotFound, match=r"^node 'other' does not exist$"):
+        await other
+
+
+async def test_a_target_that_the_disk_depends_on_is_refused() -> None:
+    world, _ = world_on_faulty_disk()
+    world.graph.forget(world.top)
+    for target in ("slow", "disk"):
+        scratch = world.graph.attach(world.graph.find(target), "job", "target", writable=True)
+        with pytest.raises(UsageError, match=f"^target '{target}' is the disk 'slow' itself, or is part of it$"):
+            await cut(world.graph, [Plan(world.graph.find("slow"), scratch, "s")])
+        world.graph.forget(scratch)
+
+
+@pytest.mark.parametrize("between", [False, True])
+async def test_what_may_grow_has_no_snapshot(between: bool) -> None:
+    world = World()
+    world.graph.forget(world.top)
+    disk = world.graph.find("disk")
+    if between:
+        edge = world.graph.attach(disk, "node 'filter'", "file", writable=True, may_grow=True)
+        world.graph.add(RawNode("filter", edge), named=True)
+    plan = Plan(disk, world.scratch()[0], "s")
+    holder = world.graph.find("filter") if between else disk
+    above = world.graph.attach(holder, "node 'image'", "file", writable=True, may_grow=True)
+    with pytest.raises(PermissionConflict, match=r"may make node 'disk' grow, and what grows has no snapshot"):
+        await cut(world.graph, [plan])
+    world.graph.forget(above)
+    world.graph.attach(holder, "export", "nbd", writable=True)
+    await cut(world.graph, [plan])
 
 
 async def test_a_disk_that_does_not_come_to_rest_fails_the_cut_and_goes_on() -> None:

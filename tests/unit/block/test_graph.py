@@ -180,6 +180,33 @@ async def test_writers_and_those_who_do_not_share_exclude_each_other() -> None:
         graph.attach(other, "export 'w'", "nbd", writable=True)
 
 
+async def test_who_does_not_share_writing_does_not_share_what_the_node_is_made_of_either() -> None:
+    graph = Graph()
+    bottom = added(graph, MemoryNode("bottom", SIZE))
+    middle = raw_over(graph, "middle", bottom)
+    top = raw_over(graph, "top", middle)
+    writer = graph.attach(bottom, "export 'w'", "nbd", writable=True)
+    text = r"export 'w' \(nbd\) writes to it, and job \(target\) does not share that$"
+    with pytest.raises(PermissionConflict, match=text):
+        graph.attach(top, "job", "target", writable=True, shares_write=False)
+    await graph.detach(writer)
+    only = graph.attach(top, "job", "target", writable=True, shares_write=False)
+    with pytest.raises(PermissionConflict, match=text):
+        graph.attach(bottom, "export 'w'", "nbd", writable=True)
+    graph.attach(bottom, "export 'r'", "nbd")
+    await graph.detach(only)
+    graph.attach(bottom, "export 'w'", "nbd", writable=True)
+
+
+async def test_a_backing_node_is_another_disk() -> None:
+    graph = Graph()
+    backing = added(graph, MemoryNode("backing", SIZE))
+    overlay = raw_over(graph, "overlay", added(graph, MemoryNode("file", SIZE)))
+    overlay.children += (graph.attach(backing, "node 'overlay'", "backing"),)
+    graph.attach(overlay, "job", "target", writable=True, shares_write=False)
+    graph.attach(backing, "export 'live'", "nbd", writable=True)
+
+
 async def test_nobody_gets_a_writable_edge_to_a_read_only_node() -> None:
     graph = Graph()
     node = added(graph, MemoryNode("disk", SIZE, read_only=True))
@@ -402,6 +429,43 @@ async def test_a_filter_is_refused_while_somebody_writes_past_it() -> None:
     assert [n.name for n in graph.nodes()] == ["disk"]
     assert len(graph.parents(disk)) == 2
     assert inside.node is disk
+
+
+async def test_a_filter_is_refused_while_somebody_writes_past_it_further_down() -> None:
+    graph = Graph()
+    disk = added(graph, MemoryNode("disk", SIZE))
+    top = raw_over(graph, "top", disk)
+    guest = graph.attach(top, "export 'top'", "nbd", writable=True)
+    writer = graph.attach(disk, "export 'disk'", "nbd", writable=True)
+    below = Edge(top, "node 'filter'", FILTER_ROLE, writable=True)
+    filter_node = CopyBeforeWriteNode("filter", Copier(below))
+    with pytest.raises(PermissionConflict, match=r"export 'disk' \(nbd\) writes to it"):
+        graph.insert(filter_node, below, [guest])
+    assert [node.name for node in graph.nodes()] == ["disk", "top"]
+    await graph.detach(writer)
+    graph.insert(filter_node, below, [guest])
+    assert graph.parents(filter_node) == (guest,)
+
+
+async def test_what_was_bypassed_stands_in_nobodys_way_while_it_is_being_closed() -> None:
+    graph = Graph()
+    disk = faulty_disk(graph)
+    below = Edge(disk, "node 'filter'", FILTER_ROLE, writable=True)
+    filter_node = CopyBeforeWriteNode("filter", Copier(below))
+    graph.insert(filter_node, below, [])
+    held = disk.hold("read")
+    copying = asyncio.ensure_future(below.pread(0, 512))  # a copy in the background
+    await held.reached()
+    graph.bypass(filter_node)
+    dropping = asyncio.ensure_future(graph.drop_bypassed(filter_node))
+    await turns()
+    assert not dropping.done()
+    assert graph.top(disk) is disk
+    assert graph.edges_to_cover(disk) == []
+    graph.attach(disk, "job", "target", writable=True, shares_write=False)
+    held.release()
+    await copying
+    await dropping
 
 
 async def test_once_a_filter_stands_nobody_can_write_past_it() -> None:

@@ -178,6 +178,17 @@ async def test_filters_are_opened_over_what_they_name(world: World, members: dic
     assert node.driver == members["driver"]
 
 
+@pytest.mark.parametrize("driver", ["throttle", "delay", "log", "raw", "fault"])
+async def test_an_image_grows_also_below_a_filter(world: World, driver: str) -> None:
+    members: dict[str, dict[str, Any]] = {"fault": {"rules": []}, "throttle": {"iops-total": 1000}}
+    await make_qcow2(world.images / "a.qcow2")
+    below = world.options(driver=driver, file=world.file("a.qcow2"), **members.get(driver, {}))
+    node = await world.add(driver="qcow2", node_name="disk", file=below)
+    edge = world.graph.attach(node, "writer", "test", writable=True)
+    await edge.pwrite(0, b"x" * SIZE)
+    assert bytes(await edge.pread(0, SIZE)) == b"x" * SIZE
+
+
 async def test_fault_rules_are_obeyed(world: World) -> None:
     make_raw(world.images / "a.raw")
     rules = [{"operation": "read", "errno": 28, "times": 1, "offset": 4096, "length": 512}]
@@ -187,6 +198,14 @@ async def test_fault_rules_are_obeyed(world: World) -> None:
     with pytest.raises(IoError, match="No space left"):
         await reader.pread(4096, 1)
     await reader.pread(4096, 1)
+
+
+async def test_a_nested_node_is_writable_exactly_if_its_parent_is(world: World) -> None:
+    make_raw(world.images / "a.raw")
+    for read_only in (True, False):
+        await world.add(driver="raw", node_name="disk", file=world.file("a.raw"), read_only=read_only)
+        assert [node.read_only for node in world.graph.nodes()] == [read_only, read_only]
+        await world.graph.remove("disk")
 
 
 async def test_null_and_nbd_nodes_are_opened(world: World, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 from tests.serving_world import turns
 
+from fleecer.block.fleecing import Fleece, uncut
+from fleecer.block.graph import Graph
 from fleecer.block.nodes.fault import FaultNode
 from fleecer.block.nodes.file import FileNode
 from fleecer.block.nodes.null import NullNode
@@ -414,6 +416,47 @@ async def test_closing_waits_for_the_scratch_of_a_snapshot_that_broke(daemon: Wo
     assert not closing.done()
     slow.go.set()
     await closing
+    assert not daemon.snapshots._releasing
+
+
+async def test_a_snapshot_that_is_being_made_ends_with_all_others(daemon: World) -> None:
+    _, fault = daemon.disk("disk")
+    await daemon.snapshots.create(name="first", scratch_directory="/dev/shm")
+    held = fault.hold("write")
+    late = asyncio.ensure_future(daemon.server.export("disk").edge.pwrite(0, b"x"))
+    await held.reached()
+    making = asyncio.ensure_future(daemon.snapshots.create(name="second", scratch_directory="/dev/shm"))
+    deleting = asyncio.ensure_future(daemon.snapshots.delete("first"))
+    await turns()
+    ending = asyncio.ensure_future(daemon.snapshots.delete_all())
+    await turns()
+    assert not ending.done()
+    held.release()
+    await late
+    await making
+    await deleting
+    await ending
+    assert not daemon.snapshots.sets()
+    assert daemon.server.export("disk").edge.node is fault
+
+
+async def test_a_snapshot_that_cannot_be_ended_keeps_no_other_from_its_end(
+    daemon: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    daemon.disk("disk")
+    for name in ("first", "second"):
+        await daemon.snapshots.create(name=name, scratch_directory="/dev/shm")
+    failures = [IoError(errno.ETIMEDOUT, "disk", "drain")]
+
+    async def fail_once(graph: Graph, fleece: Fleece) -> None:
+        await uncut(graph, fleece)
+        if failures:
+            raise failures.pop()
+
+    monkeypatch.setattr("fleecer.daemon.snapshots.uncut", fail_once)
+    with pytest.raises(IoError, match=r"^drain on 'disk': Connection timed out$"):
+        await daemon.snapshots.delete_all()
+    assert not daemon.snapshots.sets()
 
 
 # Events.

@@ -530,11 +530,19 @@ async def test_zeroes_are_sent_as_a_hole(serving: Serving) -> None:
 
 
 async def test_only_one_extent_is_told_where_only_one_is_asked_for(serving: Serving) -> None:
-    serving.data[4096:8192] = bytes(4096)
-    client = await serving.client()
+    asked: list[int] = []
+
+    async def stripes(offset: int, length: int) -> list[Extent]:
+        asked.append(offset)
+        return [Extent(min(1000, length), offset // 2000 % 2)]
+
+    export = Export("two", "two", serving.attach("export 'two'"), contexts={"x-test:stripes": stripes})
+    serving.server.add(export)
+    client = await serving.client("two", contexts=("x-test:stripes",))
     one = client.codec.block_status(0, SIZE, nbd.CMD_FLAG_REQ_ONE)
     client.send()
-    assert (await client.reply(one)).extents == {"base:allocation": [(4096, 0)]}
+    assert (await client.reply(one)).extents == {"x-test:stripes": [(2000, 0)]}
+    assert asked == [0, 1000, 2000], "more was looked up than is told"
 
 
 async def test_a_default_export_name_in_the_old_handshake_is_served(serving: Serving) -> None:

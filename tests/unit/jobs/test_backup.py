@@ -19,6 +19,7 @@ from fleecer.block.nodes.qcow2 import open_qcow2, read_header
 from fleecer.block.nodes.raw import RawNode
 from fleecer.errors import FleecerError, IoError, PermissionConflict, SnapshotBroken, UsageError
 from fleecer.jobs import BackupJob, BackupRequest, start_backups
+from fleecer.ranges import Buffer
 from fleecer.testing.memory import MemoryNode, random_turns
 
 ACTIVE = ["created", "running"]
@@ -181,6 +182,50 @@ async def test_either_all_disks_are_cut_or_none() -> None:
     assert not world.graph.parents(wrong)
     await guest.pwrite(0, b"z")
     assert bytes(await world.reader(target).pread(0, 1)) == b"z", "the target is in use although the job was refused"
+
+
+async def test_disks_that_were_cut_are_given_back_if_a_later_one_refuses() -> None:
+    world = World()
+    first, guest, _ = world.disk("one")
+    second, _, _ = world.disk("two")
+    targets = [(await world.overlay(f"B{at}", disk))[0] for at, disk in enumerate((first, second))]
+    nodes = world.graph.nodes()
+    with pytest.raises(UsageError, match=r"^node name 'cbw' is taken; choose another$"):
+        await world.start((first, targets[0]), (second, targets[1]), filter_name="cbw")
+    assert guest.node is first
+    assert world.graph.nodes() == nodes
+    assert not any(world.graph.parents(target) for target in targets)
+    await world.start((first, targets[0]))  # as if nothing had been
+
+
+async def test_copies_ask_to_be_serialised_exactly_if_the_disk_is_below_the_target() -> None:
+    asked: list[bool] = []
+
+    class Spy(RawNode):
+        async def pwrite(self, offset: int, data: Buffer, serialising: bool = False) -> None:
+            asked.append(serialising)
+            await super().pwrite(offset, data, serialising)
+
+        async def zero(self, offset: int, length: int, unmap: bool = True, serialising: bool = False) -> None:
+            asked.append(serialising)
+            await super().zero(offset, length, unmap, serialising)
+
+    world = World()
+    disk, guest, _ = world.disk()
+    await guest.zero(CLUSTER, CLUSTER)
+    above, _, _ = await world.overlay("B", disk)
+    beside = MemoryNode("beside", SIZE)
+    world.graph.add(beside, named=True)
+    for node, expected in ((above, True), (beside, False)):
+        target = Spy(f"spy-{node.name}", world.graph.attach(node, "spy", "file", writable=True))
+        world.graph.add(target, named=True)
+        (job,) = await world.start((disk, target))
+        await guest.pwrite(0, b"x" * 2 * CLUSTER)
+        await guest.zero(CLUSTER, CLUSTER)
+        await job.cancel()
+        assert asked
+        assert set(asked) == {expected}
+        asked.clear()
 
 
 async def test_a_target_shows_errors_once_its_job_is_cancelled_and_never_new_data() -> None:
@@ -349,6 +394,9 @@ async def test_a_full_backup_is_the_disk_of_its_instant_whatever_is_written(seed
     assert world.statuses("job-B") == [*ACTIVE, "waiting", "pending", "concluded"]
     assert (job.progress_current, job.progress_total) == (SIZE, SIZE)
     assert guest.node is disk
+    (again,) = await world.start((disk, target), sync="full", job_id="again")  # the same target, as of now
+    await again.concluded()
+    assert target.data == storage.data
 
 
 async def test_holes_stay_holes_in_a_full_backup() -> None:
@@ -393,6 +441,39 @@ async def test_a_full_backup_to_a_target_over_the_disk_itself_can_be_read_before
     assert job.error == ""
     await guest.pwrite(0, b"\xff" * SIZE)
     assert bytes(await reader.pread(0, SIZE)) == image, "it has the whole disk, so it needs the job no more"
+    with pytest.raises(UsageError, match="holds the past of an earlier instant"):
+        await world.start((disk, target), job_id="again")
+
+
+async def test_the_past_is_kept_while_the_disk_changes_hands() -> None:
+    world = World()
+    disk, guest, storage = world.disk()
+    target, _, _ = await world.overlay("B", disk)
+    (job,) = await world.start((disk, target))
+    image = bytes(storage.data)
+    await world.graph.drain_and_detach(guest)  # the last one who used the disk
+    guest = world.graph.attach(world.graph.top(disk), "export 'again'", "nbd", writable=True)
+    await guest.pwrite(0, b"new" * CLUSTER)
+    assert bytes(await world.reader(target).pread(0, SIZE)) == image
+    await job.cancel()
+    assert guest.node is disk
+    assert world.graph.parents(disk)[-1] is guest
+
+
+async def test_a_full_backup_goes_on_without_anybody_who_uses_the_disk() -> None:
+    world = World()
+    fault, guest = world.slow_disk()
+    target = MemoryNode("T", SIZE)
+    world.graph.add(target, named=True)
+    held = fault.hold("read")
+    (job,) = await world.start((fault, target), sync="full")
+    await held.reached()
+    await world.graph.drain_and_detach(guest)
+    held.release()
+    await turns()
+    assert job.state == "concluded"
+    assert job.error == ""
+    assert len(world.graph.parents(fault)) == 0, "the filter goes with the job"
 
 
 async def test_a_full_backup_is_durable_when_it_has_completed() -> None:

@@ -92,6 +92,22 @@ async def test_a_socket_that_is_answered_is_left_alone(tmp_path: Path) -> None:
     listener.close()
 
 
+async def test_a_socket_whose_owner_is_too_busy_to_answer_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "s"
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+
+    def too_busy(self: socket.socket, address: object) -> None:
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr(socket.socket, "connect", too_busy)
+    with pytest.raises(UsageError, match="is in use by another process"):
+        listen_unix(str(path), Door())
+    assert path.exists()
+
+
 @pytest.mark.parametrize("kind", ["file", "directory", "link"])
 async def test_what_is_no_socket_is_left_alone(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "s"

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable
 
 import pytest
-from tests.nbd_world import Shelf, sent
-from tests.serving_world import SIZE, Serving, turns
+from tests.serving_world import SIZE, ScriptedServer, Serving, scripted, turns
 
 from fleecer.errors import IoError, RemoteProtocolError
 from fleecer.net.nbd_client import NbdClient
-from fleecer.testing.streams import MemoryStream, memory_streams
+from fleecer.testing.streams import memory_streams
 from fleecer.units import KiB
-from fleecer.wire.nbd import ExportInfo, Request, ServerCodec
+from fleecer.wire.nbd import ExportInfo, Request
 from fleecer.wire.nbd import constants as nbd
 
 
@@ -24,45 +23,6 @@ async def serving() -> AsyncIterator[Serving]:
     yield world
     world.fault.clear()
     await world.close()
-
-
-class ScriptedServer:
-    """A server that does with each request what a test says; by default it keeps silent."""
-
-    def __init__(self, stream: MemoryStream, info: ExportInfo) -> None:
-        self.stream = stream
-        self.codec = ServerCodec(Shelf(info))
-        self.requests: list[Request] = []
-        self.on_request: Callable[[Request], None] = lambda request: None
-        self.ended = False
-        self.receives = 0
-        stream.begin(self)
-        self.send()
-
-    def receive_buffer(self) -> memoryview:
-        return self.codec.receive_buffer()
-
-    def received(self, count: int) -> None:
-        self.receives += 1
-        for request in self.codec.received(count):
-            self.requests.append(request)
-            self.on_request(request)
-        self.send()
-
-    def send(self) -> None:
-        self.stream.send([sent(self.codec)])
-
-    def sent(self) -> None:
-        pass
-
-    def closed(self, error: IoError | None) -> None:
-        self.ended = True
-
-
-async def scripted(info: ExportInfo | None = None) -> tuple[NbdClient, ScriptedServer]:
-    ours, theirs = memory_streams()
-    server = ScriptedServer(theirs, info or ExportInfo(name="disk", size=SIZE, contexts=("base:allocation",)))
-    return await NbdClient.connect(ours, "disk"), server
 
 
 async def error_of(request: Awaitable[object]) -> IoError:

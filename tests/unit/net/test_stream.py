@@ -410,6 +410,29 @@ async def test_tcp_connections_are_tried_address_by_address() -> None:
     assert stream.peer == f"two.example:{port}"
 
 
+async def test_what_is_sent_while_older_bytes_wait_does_not_overtake_them() -> None:
+    ours, theirs = socket.socketpair()
+    with theirs:
+        for end in (ours, theirs):
+            end.setblocking(False)
+        stream = SocketStream(ours, "theirs")
+        stream.begin(Collector())
+        data = random.Random(6).randbytes(2 * MiB)
+        stream.send([data])
+        assert stream.queued_bytes
+        found = bytearray(theirs.recv(4 * MiB))  # now the kernel has room, but the loop has not run
+        stream.send([b"tail"])
+        while len(found) < len(data) + 4:
+            await asyncio.sleep(0)
+            try:
+                found += theirs.recv(4 * MiB)
+            except BlockingIOError:
+                continue
+        assert found == data + b"tail"
+        stream.abort()
+        await asyncio.sleep(0)
+
+
 # The fake's own promises.
 
 

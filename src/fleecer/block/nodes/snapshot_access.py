@@ -43,7 +43,7 @@ class SnapshotAccessNode(Node):
         self.children = (filter_edge,)
         self.snapshot = snapshot
         self._copier = copier
-        # A discard and the reads of its range wait for each other, lest a read finds its scratch emptied.
+        # A discard and what reads its range wait for each other, lest a scratch is found emptied.
         self._in_flight = InFlight() if may_discard else None
 
     async def pread(self, offset: int, length: int) -> Buffer:
@@ -85,6 +85,17 @@ class SnapshotAccessNode(Node):
 
     async def block_status(self, offset: int, length: int) -> list[Extent]:
         """What the range held at the instant: of one run, so the answer may stop early."""
+        if self._in_flight is None:
+            return await self._block_status(offset, length)
+        claim = self._in_flight.enter(offset, length)
+        try:
+            if claim.blockers:
+                await claim.granted()
+            return await self._block_status(offset, length)
+        finally:
+            self._in_flight.leave(claim)
+
+    async def _block_status(self, offset: int, length: int) -> list[Extent]:
         holder, run = self._locate(offset, length, run_max=length)
         if holder is not None:
             extents = await holder.scratch.block_status(offset, run)

@@ -315,6 +315,21 @@ async def test_a_freed_cluster_is_used_again_only_after_the_commit() -> None:
     assert l2_entry(node, 2) & OFFSET_MASK == freed
 
 
+async def test_a_file_that_fails_to_discard_a_freed_cluster_keeps_the_image_in_use() -> None:
+    storage = FaultyStorage(await new_image(16 * CLUSTER))
+    node = await open_image(storage, discard_freed=True)
+    edge = guest(node)
+    await edge.pwrite(0, OLD)
+    freed = l2_entry(node, 0) & OFFSET_MASK
+    await edge.discard(0, CLUSTER)
+    failure = storage.fail("discard")
+    await edge.flush()
+    assert failure.hits == 1
+    await edge.pwrite(CLUSTER, NEW)
+    assert l2_entry(node, 1) & OFFSET_MASK == freed, "it is free all the same"
+    await edge.flush()
+
+
 async def test_freed_clusters_are_discarded_in_the_file_before_they_can_be_used() -> None:
     storage = await held_image()
     node = await open_image(storage, discard_freed=True)
