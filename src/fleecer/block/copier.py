@@ -293,9 +293,10 @@ class Copier:
                 self._settled.set(start, stop)
 
     def _start_copies(self, first: int, end: int, mine: list[_Copy]) -> None:
-        """Starts copying what of the range is not settled, as far as there is room; at least one copy if none is `mine`.
+        """Starts copying what is not settled of the range, as far as there is room; one copy whatever room there is.
 
-        A copy that need not wait has ended on return. `mine` keeps those that have failed or are under way.
+        A copy that need not wait has ended on return. `mine` keeps those that have failed or are under way; the one is
+        for a change that has none.
         """
         mine[:] = [copy for copy in mine if copy.error is not None or copy in self._copies]
         room = COPIES_MAX_BYTES // self.cluster_size_bytes - sum(copy.end - copy.start for copy in self._copies)

@@ -18,7 +18,7 @@ Invariants:
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from fleecer.block.copier import CLUSTER_SIZE_BYTES, TIMEOUT_S, Copier, OnError, Snapshot
 from fleecer.block.edge import Edge
@@ -58,11 +58,18 @@ class Fleece:
     shared: bool
     hold: Edge
     """Keeps the filter above the disk while nobody uses the disk: whoever comes next must pass it."""
+    shown_by: tuple[Node, ...] = ()
+    """The nodes through which the past is read directly: the target, and those it is made of that lead to the disk."""
 
     @property
     def copier(self) -> Copier:
         """The copier that keeps the snapshot."""
         return self.filter.copier
+
+    def check_reads_by(self, check: Callable[[], None] | None) -> None:
+        """Makes `check` the judge of what is read through the target; see `Node.check`."""
+        for node in self.shown_by:
+            node.check = check
 
 
 def check_scratch(node: Node, scratch: Node) -> None:
@@ -83,7 +90,7 @@ async def cut(graph: Graph, plans: Sequence[Plan], *, timeout_s: float = DRAIN_T
     """
     for plan in plans:
         check_scratch(plan.node, plan.scratch.node)
-        if plan.scratch.node.check is not None:
+        if any(node.check is not None for node in _made_of(plan.scratch.node)):
             target = quoted(plan.scratch.node.name)
             raise UsageError(f"target {target} holds the past of an earlier instant; make a new one for each")
         if graph.reaches(plan.node, plan.scratch.node):
@@ -141,10 +148,19 @@ def _cut_one(graph: Graph, plan: Plan) -> Fleece:
     graph.insert(filter_node, source, covered)
     fleecing = graph.reaches(target, node)
     snapshot = copier.take(plan.name, plan.scratch, fresh=plan.fresh and not fleecing, serialising=fleecing)
-    if fleecing:
-        target.check = snapshot.check  # whoever reads the disk's past through the target hears of it if that breaks
     filter_node.follow_scratches()
-    return Fleece(filter_node, snapshot, shared=plan.share, hold=_hold(graph, filter_node, plan))
+    shown_by = tuple(made_of for made_of in _made_of(target) if graph.reaches(made_of, node))
+    fleece = Fleece(filter_node, snapshot, shared=plan.share, hold=_hold(graph, filter_node, plan), shown_by=shown_by)
+    fleece.check_reads_by(snapshot.check)  # whoever reads the past through the target hears of it if that breaks
+    return fleece
+
+
+def _made_of(node: Node) -> list[Node]:
+    """The node and what holds its data further down: filters' children, the files of formats, no backing nodes."""
+    found = [node]
+    while found[-1].children:
+        found.append(found[-1].children[0].node)
+    return found
 
 
 def _hold(graph: Graph, filter_node: CopyBeforeWriteNode, plan: Plan) -> Edge:
@@ -185,7 +201,7 @@ def _uncut_drained(graph: Graph, fleece: Fleece) -> bool:
     """
     fleece.copier.retire(fleece.snapshot)
     fleece.filter.follow_scratches()
-    fleece.snapshot.scratch.node.check = None
+    fleece.check_reads_by(None)
     graph.forget(fleece.hold)
     if fleece.copier.snapshots:
         return False

@@ -106,7 +106,7 @@ class BackupJob(Job):
         snapshot = self.fleece.snapshot
         snapshot.on_broken = None
         if snapshot.serialising and self._complete:
-            snapshot.scratch.node.check = _whole
+            self.fleece.check_reads_by(_whole)
         elif snapshot.serialising:
             self.fleece.copier.break_snapshot(snapshot, f"fleecing job {quoted(self.job_id)} has ended")
         await uncut(self._graph, self.fleece)
@@ -157,7 +157,7 @@ async def start_backups(
         for fleece in fleeces:
             fleece.copier.break_snapshot(fleece.snapshot, str(error))
         for fleece in fleeces:  # broken before anything was copied, so the targets are as they were
-            fleece.snapshot.scratch.node.check = None
+            fleece.check_reads_by(None)
             await uncut(graph, fleece)
         raise
     jobs = [BackupJob(request, graph, fleece, announce) for request, fleece in zip(requests, fleeces, strict=True)]

@@ -242,6 +242,64 @@ async def test_a_copy_that_takes_too_long_fails_the_guest_if_so_chosen() -> None
     await world.check_whole(taken)
 
 
+@pytest.fixture
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of one cluster, and room for two."""
+    monkeypatch.setattr("fleecer.block.copier.COPY_MAX_BYTES", CLUSTER)
+    monkeypatch.setattr("fleecer.block.copier.COPIES_MAX_BYTES", 2 * CLUSTER)
+
+
+@pytest.mark.usefixtures("little_memory")
+async def test_a_change_of_much_keeps_little_in_memory_and_holds_up_no_other() -> None:
+    world = World()
+    fault, scratch = faulty(world, "faulty", world.scratch()[0])
+    taken = await world.take(scratch=scratch)
+    held = [fault.hold("write", at * CLUSTER, 1) for at in range(9)]
+    wiping = asyncio.ensure_future(world.top.discard(0, SIZE))
+    await turns()
+    assert [hold.is_reached for hold in held] == [True] * 2 + [False] * 7
+    other = asyncio.ensure_future(world.top.pwrite(5 * CLUSTER, b"x"))
+    await turns()
+    assert held[5].is_reached, "every change may have one copy under way"
+    for hold in held:
+        hold.release()
+    await wiping
+    await other
+    await world.check_whole(taken)
+
+
+@pytest.mark.usefixtures("little_memory")
+async def test_others_have_their_turn_while_much_is_copied_without_a_wait() -> None:
+    world = World()
+    taken = await world.take()
+    wiping = asyncio.ensure_future(world.top.discard(0, SIZE))
+    counts = []
+    while not wiping.done():
+        await asyncio.sleep(0)
+        counts.append(taken.fleece.snapshot.done.count())
+    assert counts[:4] == [2, 4, 6, 8]
+    await world.check_whole(taken)
+
+
+@pytest.mark.usefixtures("little_memory")
+@pytest.mark.parametrize("on_error", ["break-snapshot", "break-guest-write"])
+async def test_a_change_of_so_much_that_copying_it_takes_too_long_is_treated_as_one_slow_copy(on_error: str) -> None:
+    world = World()
+    taken = await world.take(timeout_s=1e-9, on_error=on_error)
+    before = bytes(world.disk.data)
+    if on_error == "break-guest-write":
+        with pytest.raises(IoError, match="took longer than 1e-09 s") as failure:
+            await world.top.pwrite(0, bytes(SIZE))
+        assert failure.value.errno == errno.ETIMEDOUT
+        assert world.disk.data == before
+        await world.check_whole(taken)
+    else:
+        await world.top.pwrite(0, bytes(SIZE))
+        assert not any(world.disk.data)
+        with pytest.raises(SnapshotBroken, match="copying its old data to scratch1 took longer than 1e-09 s"):
+            await taken.edge.pread(0, 1)
+
+
 async def test_a_copy_under_way_when_a_newer_snapshot_is_taken_serves_only_the_older() -> None:
     world, taken, fault = await world_with_faulty_scratch("break-guest-write", timeout_s=0.05)
     held = fault.hold("write")

@@ -445,6 +445,28 @@ async def test_a_full_backup_to_a_target_over_the_disk_itself_can_be_read_before
         await world.start((disk, target), job_id="again")
 
 
+async def test_what_a_target_is_made_of_shows_errors_too_once_the_past_is_gone() -> None:
+    world = World()
+    disk, guest, storage = world.disk()
+    image, file, _ = await world.overlay("B", disk)
+    target = RawNode("target", world.graph.attach(image, "node 'target'", "file", writable=True))
+    world.graph.add(target, named=True)
+    readers = [world.reader(image), world.reader(target)]
+    (job,) = await world.start((disk, target))
+    old = bytes(storage.data)
+    await guest.pwrite(0, b"new" * CLUSTER)
+    assert [bytes(await reader.pread(0, SIZE)) for reader in readers] == [old] * 2
+    await job.cancel()
+    for reader in readers:
+        with pytest.raises(SnapshotBroken):
+            await reader.pread(0, 512)
+    assert len(await world.reader(file).pread(0, 512)) == 512, "below the image there is no past, only bytes"
+    world.graph.forget(readers[1])
+    await world.graph.remove("target")
+    with pytest.raises(UsageError, match="holds the past of an earlier instant"):
+        await world.start((disk, image), job_id="again")
+
+
 async def test_the_past_is_kept_while_the_disk_changes_hands() -> None:
     world = World()
     disk, guest, storage = world.disk()

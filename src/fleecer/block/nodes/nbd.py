@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fleecer.block.node import HOLE, ZERO, Extent, Limits, Node, merge_extents
+from fleecer.errors import IoError, told
 from fleecer.net.nbd_client import ALLOCATION, NbdClient
 from fleecer.ranges import Buffer, align_down, zeroes
 from fleecer.units import GiB, MiB
@@ -13,11 +14,14 @@ _ZEROES_MAX_BYTES = 1 * MiB  # zeroes written out at once, where the server has 
 
 
 class NbdNode(Node):
-    """A connection to an export, which it owns. A tail shorter than the server's block is cut."""
+    """A connection to an export, which it owns. A tail shorter than the server's block is cut.
+
+    The first failed flush is final, whatever the server says to the next: it may have lost what was written before.
+    """
 
     driver = "nbd"
 
-    __slots__ = ("_client",)
+    __slots__ = ("_client", "_poison")
 
     def __init__(self, name: str, client: NbdClient, *, read_only: bool = False) -> None:
         info = client.info
@@ -31,6 +35,7 @@ class NbdNode(Node):
         )
         super().__init__(name, align_down(info.size, unit), limits=limits, read_only=read_only or info.read_only)
         self._client = client
+        self._poison: IoError | None = None
 
     async def pread(self, offset: int, length: int) -> Buffer:
         """See `Node.pread`."""
@@ -57,8 +62,16 @@ class NbdNode(Node):
 
     async def flush(self) -> None:
         """See `Node.flush`. A server without the command keeps nothing back."""
-        if self._client.can_flush and not self.read_only:
-            await self._client.flush()
+        if not self._client.can_flush or self.read_only:
+            return
+        if self._poison is None:
+            try:
+                await self._client.flush()
+            except IoError as error:
+                self._poison = self._poison or error
+        if self._poison is not None:  # one that was sent before another failed proves nothing either
+            detail = f"{told(self._poison)}; what was written may be lost: check it, and connect anew"
+            raise IoError(self._poison.errno, self.name, "flush", detail=detail)
 
     async def block_status(self, offset: int, length: int) -> list[Extent]:
         """See `Node.block_status`. A server that cannot tell has data everywhere."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 
 import pytest
-from tests.serving_world import ScriptedServer, scripted
+from tests.serving_world import ScriptedServer, scripted, turns
 
 from fleecer.block.edge import Edge
 from fleecer.block.node import HOLE, ZERO, Extent
@@ -50,6 +51,28 @@ async def test_a_servers_block_sizes_become_limits_and_a_short_tail_is_cut() -> 
     with pytest.raises(IoError) as caught:
         await edge.pread(10 * 4096, 1)
     assert caught.value.errno == errno.EINVAL
+    await node.close()
+
+
+async def test_the_first_failed_flush_is_final_whatever_the_server_says_later() -> None:
+    node, server = await node_of(size=MiB)
+    edge = Edge(node, "test", "file", writable=True)
+    answer, held = server.on_request, list[Request]()
+    server.on_request = held.append
+    flushes = [asyncio.ensure_future(edge.flush()) for _ in range(2)]
+    await turns()
+    server.codec.reply_error(held[0], errno.EIO, "lost")
+    server.codec.reply_done(held[1])
+    server.on_request = answer
+    server.send()
+    flushes += [asyncio.ensure_future(edge.flush()), asyncio.ensure_future(edge.pwrite(0, b"x", fua=True))]
+    for flush in flushes:
+        with pytest.raises(
+            IoError, match=r"'lost'; what was written may be lost: check it, and connect anew$"
+        ) as caught:
+            await flush
+        assert caught.value.errno == errno.EIO
+    assert len(await edge.pread(0, 512)) == 512
     await node.close()
 
 
