@@ -181,6 +181,8 @@ def test_two_disks_of_one_name_and_names_unfit(tmp_path: Path) -> None:
             f"disk name '{name}' must not be empty, nor have '/' or '@' or control characters in it; "
             "name the disk: NAME=IMAGE"
         )
+    long = "n" * 129
+    assert refused(tmp_path, f"{long}=a.raw") == f"disk name '{long}' is longer than 128 bytes; choose a shorter one"
 
 
 def test_a_bad_address_to_listen_at(tmp_path: Path) -> None:

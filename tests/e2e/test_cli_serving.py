@@ -126,7 +126,9 @@ def test_a_snapshot_may_be_of_some_disks_named_and_kept_elsewhere(tmp_path: Path
         assert fail("snapshot", "create", "c", *options) == "disk 'c' does not exist"
         told = fail("snapshot", "create", "--name", "before", *options)
         assert told == "snapshot name 'before' is taken; delete that one or choose another"
-        assert fail("snapshot", "delete", "nothing", *options) == "snapshot 'nothing' does not exist"
+        assert fail("snapshot", "delete", "before", "nothing", *options) == "snapshot 'nothing' does not exist"
+        listed = document("snapshot", "list", *options)["snapshots"]
+        assert [snapshot["name"] for snapshot in listed] == ["before"], "all are deleted, or none"
         told = fail("snapshot", "create", "--scratch-dir", str(tmp_path / "absent"), *options)
         assert told == f"create a scratch file on '{tmp_path / 'absent'}': No such file or directory"
 

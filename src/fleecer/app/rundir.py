@@ -1,7 +1,7 @@
 """The run directory: where one daemon has its sockets, and where its clients find them.
 
 Invariants: at most one daemon holds a run directory, by flock(2) on `daemon.lock` in it, which a crash releases; the
-directory is its user's alone to write to; sockets left by a crash are removed by the next daemon.
+directory is its user's alone to write to. Sockets left by a crash are taken over where they are listened at.
 """
 
 from __future__ import annotations
@@ -55,9 +55,6 @@ def claimed(path: str) -> Iterator[str]:
         _lock(lock, path)
         os.ftruncate(lock, 0)
         os.pwrite(lock, b"%d\n" % os.getpid(), 0)
-        for name in (QMP_SOCKET, NBD_SOCKET):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(os.path.join(path, name))
         yield path
     finally:
         os.close(lock)

@@ -27,6 +27,9 @@ from fleecer.monitor import MonitorServer
 from fleecer.net.listen import parse_host_port
 from fleecer.net.uri import DEFAULT_PORT, tcp_uri, unix_uri
 
+NAME_BYTES_MAX = 128
+"""Names of disks become names of directories in backups, and parts of export names."""
+
 _NAME = re.compile(r"[^/@\x00-\x20\x7f][^/@\x00-\x1f\x7f]*")
 
 
@@ -163,6 +166,10 @@ def _check_names(disks: Sequence[Disk]) -> None:
             raise UsageError(
                 f"disk name {quoted(disk.name)} must not be empty, nor have '/' or '@' or control characters in it; "
                 "name the disk: NAME=IMAGE"
+            )
+        if len(os.fsencode(disk.name)) > NAME_BYTES_MAX:
+            raise UsageError(
+                f"disk name {quoted(disk.name)} is longer than {NAME_BYTES_MAX} bytes; choose a shorter one"
             )
         if disk.name in paths:
             raise UsageError(

@@ -11,6 +11,7 @@ import click
 from fleecer.cli import disks
 from fleecer.cli.options import connect, daemon_options, json_option
 from fleecer.cli.output import age, print_json, print_table
+from fleecer.errors import NotFound
 from fleecer.units import format_size
 
 
@@ -108,7 +109,11 @@ def delete(names: tuple[str, ...], as_json: bool, run_dir: str | None, qmp: str 
     """Delete snapshots: their readers' requests in flight end, then they are disconnected, and the scratch is freed."""
     with connect(run_dir, qmp) as client:
         client.need_fleecer("take snapshots")
+        there = {snapshot["name"] for snapshot in client.execute("query-snapshots")}
         for name in names:
+            if name not in there:
+                raise NotFound("snapshot", name)
+        for name in dict.fromkeys(names):
             client.execute("snapshot-delete", {"name": name})
     if as_json:
         print_json({"deleted": list(names)})
