@@ -103,6 +103,12 @@ class _Copy:
         self.given_up = False
         self.waiters: list[asyncio.Future[bool]] = []
 
+    def ended(self) -> asyncio.Future[bool]:
+        """Becomes True when this copy has ended, one way or the other."""
+        waiter: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self.waiters.append(waiter)
+        return waiter
+
     def wake(self) -> None:
         """Lets everyone who waited for the end of this copy look again."""
         for waiter in self.waiters:
@@ -205,6 +211,10 @@ class Copier:
             if copy.snapshot in serving:  # one for an older snapshot does not help this one
                 self._settled.set(copy.start, copy.end)
 
+    def _clusters(self, offset: int, length: int) -> tuple[int, int]:
+        """The clusters that a range of bytes touches: the first, and the one after the last."""
+        return offset // self.cluster_size_bytes, (offset + length - 1) // self.cluster_size_bytes + 1
+
     def _unwanted(self, revoked: Bitmap, older: list[Snapshot]) -> Bitmap:
         """Those of the `revoked` clusters that no `older` snapshot would read from the disk either."""
         unwanted = Bitmap()
@@ -224,8 +234,7 @@ class Copier:
             return False
         if self._copies or any(len(snapshot.frozen) for snapshot in self._snapshots):
             return True
-        first = offset // self.cluster_size_bytes
-        end = (offset + length - 1) // self.cluster_size_bytes + 1
+        first, end = self._clusters(offset, length)
         return not (self._settled[first] if end == first + 1 else self._settled.all(first, end))
 
     async def preserve(self, offset: int, length: int) -> None:
@@ -234,8 +243,7 @@ class Copier:
         Under "break-guest-write" raises what made a copy fail (ETIMEDOUT if it took too long): then nothing may be
         changed, and every snapshot is whole. Under "break-snapshot" it never raises.
         """
-        first = offset // self.cluster_size_bytes
-        end = (offset + length - 1) // self.cluster_size_bytes + 1
+        first, end = self._clusters(offset, length)
         deadline = asyncio.get_running_loop().time() + self.timeout_s if self.timeout_s else None
         mine: list[_Copy] = []
         while self._newest is not None or self._copies:
@@ -245,9 +253,7 @@ class Copier:
                     raise copy.error
             under_way = next((c for c in self._copies if c.start < end and first < c.end), None)
             if under_way is not None:
-                waiter: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-                under_way.waiters.append(waiter)
-                if not await _done_in_time(waiter, deadline):
+                if not await _done_in_time(under_way.ended(), deadline):
                     self._copy_timed_out(under_way, offset, length)
             elif self._newest is None or self._settled.all(first, end):
                 break
@@ -266,8 +272,7 @@ class Copier:
 
         Raises what made a copy fail, under either policy; the snapshot may have broken then.
         """
-        first = offset // self.cluster_size_bytes
-        end = (offset + length - 1) // self.cluster_size_bytes + 1
+        first, end = self._clusters(offset, length)
         mine: list[_Copy] = []
         while self._newest is not None:
             self._start_copies(first, end, mine)
@@ -440,9 +445,7 @@ class Copier:
     async def copies_ended(self, first: int, end: int) -> None:
         """Returns when no copy of these clusters is under way."""
         while copy := next((c for c in self._copies if c.start < end and first < c.end), None):
-            waiter: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
-            copy.waiters.append(waiter)
-            await waiter
+            await copy.ended()
 
     def _readable(self) -> list[Snapshot]:
         return [s for s in self._snapshots if s.living and s.broken is None]

@@ -116,13 +116,14 @@ class Connection:
             self._report(error)
             return
         if task is not None:
+            held_bytes = request.length if request.command == CMD_READ else len(request.data)
             self._in_flight += 1
-            self._in_flight_bytes += request.length if request.command == CMD_READ else len(request.data)
-            task.add_done_callback(lambda ended: self._ended_late(request, ended))
+            self._in_flight_bytes += held_bytes
+            task.add_done_callback(lambda ended: self._ended_late(request, held_bytes, ended))
 
-    def _ended_late(self, request: Request, task: asyncio.Task[None]) -> None:
+    def _ended_late(self, request: Request, held_bytes: int, task: asyncio.Task[None]) -> None:
         self._in_flight -= 1
-        self._in_flight_bytes -= request.length if request.command == CMD_READ else len(request.data)
+        self._in_flight_bytes -= held_bytes
         if task.cancelled():
             self._refuse(request, errno.EIO, "the request was given up")
         elif (error := task.exception()) is not None:

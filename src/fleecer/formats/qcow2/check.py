@@ -197,22 +197,6 @@ class _Walk:
         if references:
             self.references[cluster] = count
 
-    def wrong_copied(self, entries: array[int], l1: bool) -> list[int]:
-        """Indexes of entries whose COPIED bit does not say whether their cluster is used exactly once."""
-        bits, references = self.header.cluster_bits, self.references
-        wrong: list[int] = []
-        for at, entry in enumerate(entries):
-            if not entry:
-                continue
-            if entry & COMPRESSED and not l1:
-                alone = False
-            else:
-                host = entry & OFFSET_MASK
-                alone = bool(host) and references[host >> bits] == 1
-            if alone != bool(entry & COPIED):
-                wrong.append(at)
-        return wrong
-
     def copied_bits(self, *, fix: bool) -> Steps[None]:
         """Reports entries of active tables with a wrong COPIED bit; with `fix`, also writes them right."""
         header = self.header

@@ -33,8 +33,6 @@ EXTENDED_L2: Final = 1 << 4
 INCOMPATIBLE_SUPPORTED: Final = DIRTY | CORRUPT | COMPRESSION_TYPE
 LAZY_REFCOUNTS: Final = 1 << 0
 """Compatible feature: a writer may set DIRTY and postpone refcounts."""
-BITMAPS_CONSISTENT: Final = 1 << 0
-"""Autoclear feature: the bitmaps extension may be believed."""
 
 EXTENSION_END: Final = 0
 EXTENSION_BACKING_FORMAT: Final = 0xE2792ACA
