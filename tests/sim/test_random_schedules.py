@@ -7,7 +7,6 @@ import random
 
 import pytest
 
-from fleecer.testing.sim.disk import heavy_tailed
 from fleecer.testing.sim.loop import Fifo, Pct, Scheduler, Shuffle, Stuck, simulate
 from fleecer.testing.sim.oracle import Violation
 from fleecer.testing.sim.world import Format, World, make_world
@@ -21,7 +20,6 @@ async def scenario(seed: int, disk_format: Format, trace: list[str] | None = Non
         generator,
         format=disk_format,
         clusters=generator.choice((1, 2, 3)),
-        latency=lambda: heavy_tailed(generator),
         trace=trace,
     )
     await asyncio.gather(guest(world), guest(world), reader(world), reader(world), operator(world))

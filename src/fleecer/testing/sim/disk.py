@@ -2,8 +2,8 @@
 
 Fault model
 - A request is submitted, takes effect on the content at one or two later moments (*torn* between sectors), and
-  completes after that. Requests in flight overtake each other. Times have a heavy tail: some are a thousand times
-  longer than most.
+  completes at another one after that. Requests in flight overtake each other. Times have a heavy tail: some are a
+  thousand times longer than most. Some requests are done at once, inside the call, as those in the page cache are.
 - What was written is readable once it has taken effect. It is durable once a sync that was submitted after the write
   had completed has completed itself. Until then, from its submission on, any subset of its sectors may be on the
   medium after a power cut, in any order with other such writes.
@@ -73,6 +73,13 @@ class Faults:
                 self._stuck[operation] = kind
         return kind
 
+    def spares(self, operation: str) -> bool:
+        """Whether the request submitted now has no fault; then it is counted."""
+        if self.seen in self.at or operation in self._stuck:
+            return False
+        self.seen += 1
+        return True
+
 
 @dataclasses.dataclass(slots=True)
 class _Write:
@@ -100,6 +107,8 @@ class SimDisk:
         record: bool = False,
         growable: bool = True,
         size_max: int = 1 << 30,
+        tearing: bool = True,
+        inline: float = 0.0,
         trace: Callable[[str], None] | None = None,
     ) -> None:
         self.data = bytearray(content)
@@ -117,25 +126,40 @@ class SimDisk:
         self._log: list[_Write] = []
         self._position = 0  # of the log: grows with each submission and completion
         self._trace = trace
+        self._tearing = tearing
+        self._inline = inline
 
     @property
     def size(self) -> int:
         """Bytes held."""
         return len(self.data)
 
-    # The storage. Nothing happens inline: everything can be overtaken.
+    # The storage.
 
     def try_pread(self, offset: int, length: int) -> Buffer | None:
-        """None: wait."""
-        return None
+        """See `Storage.try_pread`: at once, if `inline` has it so."""
+        if not self._is_inline("read"):
+            return None
+        data = bytearray(length)
+        self._copy_out(data, offset, offset, offset + length)
+        self._say(f"read {offset}+{length} at once")
+        return data
 
     def try_pwrite(self, offset: int, data: Buffer) -> bool:
-        """False: wait."""
-        return False
+        """See `Storage.try_pwrite`: at once, if `inline` has it so."""
+        end = offset + len(data)
+        if end > len(self.data) or not self._is_inline("write"):
+            return False
+        self._say(f"write {offset}+{len(data)} at once")
+        write = self._submit(offset, bytes(data))
+        self._put(offset, write.data)
+        self._position += 1
+        write.ended = self._position
+        return True
 
     async def pread(self, offset: int, length: int) -> Buffer:
         """See `Storage.pread`."""
-        fault = await self._begin("read", offset, length)
+        fault = self._begin("read", offset, length)
         try:
             await self._pass(fault)
             data = bytearray(length)
@@ -144,6 +168,7 @@ class SimDisk:
             if cut < offset + length:
                 await asyncio.sleep(self._latency())
                 self._copy_out(data, offset, cut, offset + length)
+            await asyncio.sleep(self._latency())
             self._raise("read", fault, offset, length)
             if fault == "flip":
                 data[self._generator.randrange(length)] ^= 1 << self._generator.randrange(8)
@@ -167,7 +192,7 @@ class SimDisk:
 
     async def sync(self) -> None:
         """See `Storage.sync`."""
-        fault = await self._begin("sync", 0, 0)
+        fault = self._begin("sync", 0, 0)
         covered = [write for write in self._log if write.ended is not None and write.durable_at is None]
         try:
             await self._pass(fault)
@@ -175,44 +200,34 @@ class SimDisk:
                 for write in covered:
                     write.in_doubt = True
             self._raise("sync", fault, 0, 0)
-            self._position += 1
-            for write in covered:
-                if not write.in_doubt:
-                    write.durable_at = self._position
+            self._synced(covered)
+            await asyncio.sleep(self._latency())
         finally:
             self._end("sync", 0, 0)
 
     async def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
         """See `Storage.extents`."""
-        fault = await self._begin("status", offset, length)
+        fault = self._begin("status", offset, length)
         try:
             await self._pass(fault)
             self._raise("status", fault, offset, length)
-            runs: list[tuple[int, bool]] = []
-            end = offset + length
-            while offset < end and len(runs) < 16:
-                stop = min(align_down(offset, PAGE_BYTES) + PAGE_BYTES, end)
-                runs.append((stop - offset, not is_zero(self.data[offset:stop])))
-                offset = stop
+            runs = self._look(offset, length)
+            await asyncio.sleep(self._latency())
             return runs
         finally:
             self._end("status", offset, length)
 
     async def truncate(self, size: int) -> None:
         """See `Storage.truncate`. Not a moment for faults: only new scratches are resized."""
-        del self.data[size:]
-        self.data.extend(bytes(size - len(self.data)))
+        self._resize(size)
 
     async def close(self) -> None:
         """See `Storage.close`."""
         assert not self.in_flight, f"{self.name} was closed with {self.in_flight} requests in flight"
 
     async def _change(self, operation: str, offset: int, data: bytes) -> None:
-        fault = await self._begin(operation, offset, len(data))
-        write = _Write(self._position, offset, data)
-        if self._base is not None:
-            self._position += 1
-            self._log.append(write)
+        fault = self._begin(operation, offset, len(data))
+        write = self._submit(offset, data)
         try:
             await self._pass(fault)
             end = offset + len(data)
@@ -226,6 +241,7 @@ class SimDisk:
             if cut < end:
                 await asyncio.sleep(self._latency())
                 self._put(cut, data[cut - offset :])
+            await asyncio.sleep(self._latency())
             self._position += 1
             write.ended = self._position
         finally:
@@ -233,11 +249,27 @@ class SimDisk:
 
     # Steps of a request.
 
-    async def _begin(self, operation: str, offset: int, length: int) -> Kind | None:
+    def _begin(self, operation: str, offset: int, length: int) -> Kind | None:
         self.in_flight += 1
-        if self._trace is not None:
-            self._trace(f"{self.name} {operation} {offset}+{length}")
+        self._say(f"{operation} {offset}+{length}")
         return self.faults.next(operation) if self.faults is not None else None
+
+    def _is_inline(self, operation: str) -> bool:
+        """Whether the request submitted now is done at once. One that is to fail is not."""
+        if not self._inline or self._generator.random() >= self._inline:
+            return False
+        return self.faults is None or self.faults.spares(operation)
+
+    def _submit(self, offset: int, data: bytes) -> _Write:
+        write = _Write(self._position, offset, data)
+        if self._base is not None:
+            self._position += 1
+            self._log.append(write)
+        return write
+
+    def _say(self, what: str) -> None:
+        if self._trace is not None:
+            self._trace(f"    {self.name}: {what}")
 
     async def _pass(self, fault: Kind | None) -> None:
         await asyncio.sleep(STALL_S if fault == "stall" else self._latency())
@@ -248,14 +280,13 @@ class SimDisk:
 
     def _end(self, operation: str, offset: int, length: int) -> None:
         self.in_flight -= 1
-        if self._trace is not None:
-            self._trace(f"{self.name} {operation} {offset}+{length} done")
+        self._say(f"{operation} {offset}+{length} done")
 
     def _tear(self, offset: int, length: int) -> int:
         """Where the request is cut in two: the end if it is not."""
         end = offset + length
         first = align_up(offset + 1, SECTOR_BYTES)
-        if first >= end or self._generator.random() < 0.5:
+        if first >= end or not self._tearing or self._generator.random() < 0.5:
             return end
         return self._generator.randrange(first, end, SECTOR_BYTES)
 
@@ -268,6 +299,25 @@ class SimDisk:
     def _copy_out(self, data: bytearray, base: int, start: int, end: int) -> None:
         found = self.data[start:end]
         data[start - base : start - base + len(found)] = found
+
+    def _look(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        runs: list[tuple[int, bool]] = []
+        end = offset + length
+        while offset < end and len(runs) < 16:
+            stop = min(align_down(offset, PAGE_BYTES) + PAGE_BYTES, end)
+            runs.append((stop - offset, not is_zero(self.data[offset:stop])))
+            offset = stop
+        return runs
+
+    def _synced(self, covered: list[_Write]) -> None:
+        self._position += 1
+        for write in covered:
+            if not write.in_doubt:
+                write.durable_at = self._position
+
+    def _resize(self, size: int) -> None:
+        del self.data[size:]
+        self.data.extend(bytes(size - len(self.data)))
 
     # Power cuts.
 

@@ -14,9 +14,13 @@ Which ready callback runs next is the scheduler's choice:
 Invariants: the same coroutine, scheduler and seed give the same steps, whatever the hash seed and the machine; a loop
 on which nothing can ever happen again raises `Stuck` instead of waiting.
 
+What runs has a name that does not depend on the schedule: a task is named after the one that made it and how many it
+made before ("main.2.1"), a plain callback likewise ("main.2:0"). `NamedLoop` keeps these names, so that one run's order
+can be followed in another.
+
 What of asyncio's inside is used, on 3.11 to 3.13: `BaseEventLoop._ready` (deque of handles), `_scheduled` (heap of
-timer handles) and `_timer_cancelled_count`; `_run_once`, `_process_events`, `_write_to_self` overridden; `Handle._run`,
-`_cancelled`, `_callback`, `TimerHandle._when`, `_scheduled`.
+timer handles) and `_timer_cancelled_count`; `_run_once`, `_process_events`, `_write_to_self`, `_call_soon` overridden;
+`Handle._run`, `_cancelled`, `_callback`, `TimerHandle._when`, `_scheduled`.
 """
 
 # ruff: noqa: SLF001 - that is what this file is for
@@ -24,6 +28,7 @@ timer handles) and `_timer_cancelled_count`; `_run_once`, `_process_events`, `_w
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import heapq
 import random
 from collections import deque
@@ -35,6 +40,10 @@ T = TypeVar("T")
 
 class Stuck(Exception):
     """Nothing is ready, no timer is set, and the coroutine has not ended: a deadlock, or a wake-up that was lost."""
+
+
+class Unheard(Exception):
+    """A callback or a task failed, and nobody was there to hear of it: a bug, or a request that got no answer."""
 
 
 class TooManySteps(Exception):
@@ -108,6 +117,7 @@ class SimLoop(asyncio.BaseEventLoop):
     def __init__(self, scheduler: Scheduler | None = None, *, steps_max: int = 1_000_000) -> None:
         super().__init__()
         self.steps = 0
+        self.unheard: list[str] = []
         self.scheduler: Scheduler = scheduler or Fifo()
         self._steps_max = steps_max
         self._now_s = 0.0
@@ -121,6 +131,10 @@ class SimLoop(asyncio.BaseEventLoop):
         timers = sum(not handle.cancelled() for handle in self._scheduled)
         return len(self._ready) + timers
 
+    def call_exception_handler(self, context: dict[str, Any]) -> None:
+        """Keeps what nobody heard of, for `simulate` to raise."""
+        self.unheard.append(f"{context.get('message')}: {context.get('exception')!r}")
+
     def _process_events(self, event_list: object) -> None:
         pass
 
@@ -128,6 +142,18 @@ class SimLoop(asyncio.BaseEventLoop):
         pass
 
     def _run_once(self) -> None:
+        self._collect_timers()
+        if not self._ready:
+            raise Stuck("nothing is ready and no timer is set")
+        self.steps += 1
+        if self.steps > self._steps_max:
+            raise TooManySteps(f"more than {self._steps_max} steps")
+        handle = self._next()
+        if not handle._cancelled:
+            self._perform(handle)
+
+    def _collect_timers(self) -> None:
+        """Makes ready what is due; where nothing is ready, whatever is due next."""
         ready, timers = self._ready, self._scheduled
         while timers and (timers[0]._cancelled or timers[0]._when <= self._now_s or not ready):
             timer = heapq.heappop(timers)
@@ -137,38 +163,158 @@ class SimLoop(asyncio.BaseEventLoop):
                 continue
             self._now_s = max(self._now_s, timer._when)
             ready.append(timer)
-        if not ready:
-            raise Stuck("nothing is ready and no timer is set")
-        self.steps += 1
-        if self.steps > self._steps_max:
-            raise TooManySteps(f"more than {self._steps_max} steps")
-        if len(ready) > 1:
-            index = self.scheduler.choose(ready, self.steps)
-            if index:
-                handle = ready[index]
-                del ready[index]
-                ready.appendleft(handle)
-        handle = ready.popleft()
-        if not handle._cancelled:
-            handle._run()
+
+    def _next(self) -> Any:
+        """Takes out what runs now."""
+        ready = self._ready
+        return _take(ready, self.scheduler.choose(ready, self.steps) if len(ready) > 1 else 0)
+
+    def _perform(self, handle: Any) -> None:
+        handle._run()
 
 
-def simulate(coroutine: Coroutine[Any, Any, T], scheduler: Scheduler | None = None, *, steps_max: int = 1_000_000) -> T:
-    """Runs `coroutine` on a new `SimLoop` and returns what it returns.
+def _take(ready: deque[Any], index: int) -> Any:
+    if not index:
+        return ready.popleft()
+    handle = ready[index]
+    del ready[index]
+    return handle
 
-    Raises what it raises, or Stuck, or TooManySteps. What it left running is dropped where it stands.
+
+class Driver(Protocol):
+    """Directs a `NamedLoop`: chooses each step by name, and hears when it is over."""
+
+    def choose(self, names: list[str], enablers: list[int]) -> int:
+        """The index of what to run. `enablers` tells in which earlier step each became ready (-1: before the first)."""
+
+    def stepped(self) -> None:
+        """The step chosen last is over."""
+
+    def over(self) -> None:
+        """There is nothing more to choose."""
+
+
+class NamedLoop(SimLoop):
+    """A `SimLoop` that knows everything it runs by name. While `driver` is set, that directs it; else the scheduler.
+
+    `order` lists what ran, by name, timers left out: they only tell when something becomes ready.
     """
-    loop = SimLoop(scheduler, steps_max=steps_max)
+
+    def __init__(self, scheduler: Scheduler | None = None, *, steps_max: int = 1_000_000) -> None:
+        super().__init__(scheduler, steps_max=steps_max)
+        self.driver: Driver | None = None
+        self.current = "main"
+        self.order: list[str] = []
+        self._made: dict[str, list[int]] = {}  # by each: how many tasks, how many callbacks
+        self._names: dict[int, tuple[str, int]] = {}  # of the handles still to run, by id
+        self._step = -1  # since the driver came
+        self._directed = False
+        self._quiet: asyncio.Future[None] | None = None
+
+    def fresh_name(self) -> str:
+        """A name for something made in the current step, the same whatever else ran in between."""
+        return f"{self.current}/{self._count(2)}"
+
+    def create_task(self, coro: Any, *, name: object = None, context: Any = None) -> Any:
+        """See asyncio. Named after its maker, unless a name is given or the loop itself makes the first."""
+        made = name or (f"{self.current}.{self._count(0)}" if self.steps else "main")
+        return super().create_task(coro, name=made, context=context)
+
+    def _call_soon(self, callback: Any, args: Any, context: Any) -> Any:
+        handle = super()._call_soon(callback, args, context)  # type: ignore[misc]
+        owner = getattr(callback, "__self__", None)
+        name = "" if isinstance(owner, asyncio.Task) else f"{self.current}:{self._count(1)}"
+        self._names[id(handle)] = name, self._step
+        return handle
+
+    def call_at(  # type: ignore[override]
+        self, when: float, callback: Any, *args: Any, context: Any = None
+    ) -> asyncio.TimerHandle:
+        """See asyncio."""
+        handle = super().call_at(when, callback, *args, context=context)
+        self._names[id(handle)] = f"{self.current}:{self._count(1)}", self._step
+        return handle
+
+    def direct(self, driver: Driver) -> None:
+        """From the next step on, `driver` chooses, until somebody finds the loop `quiescent`."""
+        self.driver = driver
+        self._step = -1
+        self._names = {key: (name, -1) for key, (name, _) in self._names.items()}
+
+    async def quiescent(self) -> None:
+        """Returns when nothing is ready but what waits for this."""
+        self._quiet = self.create_future()
+        await self._quiet
+
+    def _count(self, kind: int) -> int:
+        counts = self._made.setdefault(self.current, [0, 0, 0])
+        counts[kind] += 1
+        return counts[kind] - 1
+
+    def _name(self, handle: Any) -> str:
+        return self._names[id(handle)][0] or str(handle._callback.__self__.get_name())
+
+    def _collect_timers(self) -> None:
+        if self._quiet is not None and all(handle._cancelled for handle in self._ready):
+            quiet, self._quiet = self._quiet, None
+            quiet.set_result(None)
+            if self.driver is not None:
+                self.driver.over()
+                self.driver = None
+        super()._collect_timers()
+
+    def _next(self) -> Any:
+        ready = self._ready
+        if self.driver is None:
+            return super()._next()
+        for handle in ready:
+            if handle._cancelled:
+                ready.remove(handle)
+                return handle
+        self._step += 1
+        self._directed = True
+        names = [self._name(handle) for handle in ready]
+        return _take(ready, self.driver.choose(names, [self._names[id(handle)][1] for handle in ready]))
+
+    def _perform(self, handle: Any) -> None:
+        self.current = self._name(handle)
+        del self._names[id(handle)]
+        if not isinstance(handle, asyncio.TimerHandle):
+            self.order.append(self.current)
+        handle._run()
+        if self._directed and self.driver is not None:
+            self.driver.stepped()
+        self._directed = False
+
+
+def simulate(
+    coroutine: Coroutine[Any, Any, T],
+    scheduler: Scheduler | None = None,
+    *,
+    steps_max: int = 1_000_000,
+    loop: SimLoop | None = None,
+) -> T:
+    """Runs `coroutine` on `loop`, by default a new `SimLoop`, and returns what it returns.
+
+    Raises what it raises, or Stuck, TooManySteps, Unheard. What it left running is dropped where it stands.
+    """
+    loop = loop or SimLoop(scheduler, steps_max=steps_max)
     try:
-        return loop.run_until_complete(coroutine)
+        result = loop.run_until_complete(coroutine)
     finally:
         _close(loop)
+    if loop.unheard:
+        raise Unheard("; ".join(loop.unheard))
+    return result
 
 
 def _close(loop: SimLoop) -> None:
+    """Ends the loop. What is unfinished is closed while the loop still takes what its `finally` clauses give it."""
     unfinished: list[Any] = list(asyncio.all_tasks(loop))
     for task in unfinished:
         task._log_destroy_pending = False  # they are dropped on purpose
+        with contextlib.suppress(RuntimeError):  # one that awaits while it is closed
+            task.get_coro().close()
     loop._ready.clear()
     loop._scheduled.clear()
     loop.close()

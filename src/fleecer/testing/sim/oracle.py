@@ -68,6 +68,10 @@ class History:
         self.now += 1
         return self.now
 
+    def begin_read(self) -> int:
+        """A read is called; for `check_read`."""
+        return self.tick()
+
     def begin(self, first: int, end: int, *, zero: bool = False, discard: bool = False) -> Change:
         """A change is called."""
         if not zero and not discard:
@@ -96,14 +100,19 @@ class History:
             if found not in allowed:
                 raise Violation(f"the disk's sector {sector} reads as write {found}; allowed: {sorted(allowed)}")
 
-    def image(self) -> list[set[int]]:
+    def image(self, *, answers_on_the_way: bool = False) -> list[set[int]]:
         """What each sector may be at this very instant, while no change is under way on the disk itself.
 
-        A change that was called and has not returned is held back somewhere above, and not part of it.
+        A change that was called and has not returned is held back somewhere above, and not part of it; with
+        `answers_on_the_way` it may be done, and only its answer not here yet.
         """
         now = self.tick()
         return [
-            {c.number for c in changes if (c.ended is not None or c.failed) and not self._replaced(c, changes, now)}
+            {
+                c.number
+                for c in changes
+                if (c.ended is not None or c.failed or answers_on_the_way) and not self._replaced(c, changes, now)
+            }
             for changes in self._of
         ]
 

@@ -12,32 +12,42 @@ import random
 from collections.abc import Callable
 from typing import Literal
 
-from fleecer.block.copier import Snapshot
+from fleecer.block.copier import OnError, Snapshot
 from fleecer.block.edge import Edge
 from fleecer.block.fleecing import Fleece, Plan, cut, uncut
 from fleecer.block.graph import SNAPSHOT_ROLE, Graph
-from fleecer.block.node import ZERO, Node
+from fleecer.block.node import HOLE, ZERO, Extent, Limits, Node, merge_extents
 from fleecer.block.nodes.file import FileNode
+from fleecer.block.nodes.nbd import NbdNode
 from fleecer.block.nodes.qcow2 import check_qcow2, open_qcow2, read_header
 from fleecer.block.nodes.snapshot_access import SnapshotAccessNode
 from fleecer.errors import FleecerError
+from fleecer.export import Export
+from fleecer.export.server import Server
 from fleecer.formats.qcow2.create import create_image
 from fleecer.jobs import BackupJob, BackupRequest, JobTable, start_backups
+from fleecer.net.nbd_client import NbdClient
+from fleecer.ranges import Buffer
 from fleecer.testing.sim.disk import Faults, Latency, SimDisk
 from fleecer.testing.sim.oracle import SECTOR_BYTES, Change, History, SnapshotOracle, Violation, stamp
+from fleecer.testing.streams import memory_streams
 
 CLUSTER_BYTES = 4096
+OF_BASE = 1 << 40
+"""The number that the sectors of an overlay's backing file bear."""
 SECTORS_PER_CLUSTER = CLUSTER_BYTES // SECTOR_BYTES
 
-Format = Literal["raw", "qcow2", "overlay"]
+Format = Literal["raw", "bare", "qcow2", "overlay"]
+"""bare: raw, on a node that keeps no claims of its own."""
 
 
 @dataclasses.dataclass(slots=True)
 class Held:
-    """A snapshot somebody may read: through snapshot-access, or through the target of a job."""
+    """A snapshot somebody may read, by its `door`: through snapshot-access, or through the target of a job."""
 
     name: str
     edge: Edge
+    door: Edge
     oracle: SnapshotOracle
     snapshot: Snapshot
     fleece: Fleece
@@ -49,22 +59,23 @@ class Held:
 class World:
     """The disk and what is done with it. Made by `make_world`."""
 
-    def __init__(
-        self, generator: random.Random, clusters: int, latency: Callable[[], Latency] | None, trace: list[str] | None
-    ) -> None:
+    def __init__(self, generator: random.Random, clusters: int, medium: Medium, trace: list[str] | None) -> None:
         self.generator = generator
         self.size = clusters * CLUSTER_BYTES
         self.history = History(clusters * SECTORS_PER_CLUSTER)
         self.graph = Graph()
         self.jobs = JobTable()
+        self.server: Server | None = None
         self.held: list[Held] = []
         self.disks: list[SimDisk] = []
         self.image: SimDisk
         self.node: Node
-        self.top: Edge
+        self.edge: Edge  # what the disk's export holds
+        self.top: Edge  # what the guest holds: the same, or the far end of a connection to that
         self.guest_failures = 0
         self.copy_timeout_s = 0.0
-        self._latency = latency
+        self.on_error: OnError = "break-snapshot"
+        self._medium = medium
         self._trace = trace
         self._serial = 0
 
@@ -73,13 +84,39 @@ class World:
         if self._trace is not None:
             self._trace.append(line)
 
-    def disk(self, content: int | bytes, name: str, faults: Faults | None = None, **options: bool) -> SimDisk:
-        """A new simulated disk."""
-        latency = self._latency() if self._latency is not None else None
-        trace = self._trace.append if self._trace is not None else None
-        disk = SimDisk(content, self.generator, name=name, latency=latency, faults=faults, trace=trace, **options)
+    def disk(self, content: int | bytes, name: str, *, faults: Faults | None = None, image: bool = False) -> SimDisk:
+        """A new simulated disk; with `image` the one that `Medium.faults` and `record` are about."""
+        medium = self._medium
+        disk = SimDisk(
+            content,
+            self.generator,
+            name=name,
+            latency=medium.latency() if medium.latency is not None else None,
+            faults=medium.faults if image else faults,
+            record=medium.record and image,
+            tearing=medium.tearing,
+            inline=medium.inline,
+            trace=self._trace.append if self._trace is not None else None,
+        )
         self.disks.append(disk)
         return disk
+
+    async def door(self, name: str, edge: Edge) -> Edge:
+        """A client's way to what `edge` leads to: the edge itself, or a connection to an export of it."""
+        if self.server is None:
+            return edge
+        self.server.add(Export(name, name, edge))
+        near, far = memory_streams()
+        self.server.serve(near)
+        client = await NbdClient.connect(far, name)
+        return Edge(NbdNode(name, client), f"client of {name}", "nbd", writable=edge.writable)
+
+    async def shut(self, name: str, door: Edge, edge: Edge) -> None:
+        """Ends what `door` made, and the edge. Requests under way end first, or fail."""
+        if self.server is not None:
+            await self.server.remove(name, hard=True)
+            await door.node.close()
+        await self.graph.drain_and_detach(edge)
 
     def add(self, disk: SimDisk) -> Node:
         """A node over a simulated disk, in the graph until its last edge goes."""
@@ -121,7 +158,7 @@ class World:
 
     async def read(self, first: int, end: int) -> None:
         """Reads, and checks what comes."""
-        began = self.history.tick()
+        began = self.history.begin_read()
         try:
             data = bytes(await self.top.pread(first * SECTOR_BYTES, (end - first) * SECTOR_BYTES))
         except FleecerError as error:
@@ -147,22 +184,26 @@ class World:
         disk = scratch or self.disk(self.size, f"scratch-{name}")
         edge = self.graph.attach(self.add(disk), f"snapshot {name}", "scratch", writable=True)
         plan = Plan(
-            self.top.node,
+            self.edge.node,
             edge,
             name,
             fresh=True,
             share=True,
             timeout_s=self.copy_timeout_s,
+            on_error=self.on_error,
             cluster_size_bytes=CLUSTER_BYTES,
         )
         (fleece,) = await cut(self.graph, [plan], timeout_s=1e9)
-        oracle = SnapshotOracle(name, self.history.image())  # nothing has run since the instant
+        oracle = SnapshotOracle(
+            name, self.history.image(answers_on_the_way=self.server is not None)
+        )  # nothing has run since the instant
         self.say(f"snapshot {name} taken")
         below = self.graph.attach(fleece.filter, f"snapshot {name}", SNAPSHOT_ROLE)
         access = SnapshotAccessNode(self.graph.fresh_name(), below, fleece.copier, fleece.snapshot)
         self.graph.add(access, named=False)
         reader = self.graph.attach(access, f"export {name}", "nbd")
-        return self._hold(Held(name, reader, oracle, fleece.snapshot, fleece))
+        held = Held(name, reader, await self.door(name, reader), oracle, fleece.snapshot, fleece)
+        return self._hold(held)
 
     async def fleece(self, target: SimDisk | None = None) -> Held:
         """A snapshot by the first scheme: a qcow2 image over the live disk, kept true by a backup job."""
@@ -176,12 +217,13 @@ class World:
         self.graph.add(node, named=False)
         reader = self.graph.attach(node, f"export {name}", "nbd")
         instants: list[list[set[int]]] = []
-        request = BackupRequest(name, self.node, node, "none", timeout_s=self.copy_timeout_s)
+        request = BackupRequest(name, self.node, node, "none", timeout_s=self.copy_timeout_s, on_error=self.on_error)
         (job,) = await start_backups(self.graph, self.jobs, [request], lambda *_: None)
-        instants.append(self.history.image())
+        instants.append(self.history.image(answers_on_the_way=self.server is not None))
         self.say(f"job {name} started")
         oracle = SnapshotOracle(name, instants[0])
-        return self._hold(Held(name, reader, oracle, job.fleece.snapshot, job.fleece, job))
+        held = Held(name, reader, await self.door(name, reader), oracle, job.fleece.snapshot, job.fleece, job)
+        return self._hold(held)
 
     def _hold(self, held: Held) -> Held:
         self.held.append(held)
@@ -191,10 +233,10 @@ class World:
         """Reads some of a snapshot, and checks it: the past or an error."""
         held.readers += 1
         try:
-            data = bytes(await held.edge.pread(first * SECTOR_BYTES, (end - first) * SECTOR_BYTES))
+            data = bytes(await held.door.pread(first * SECTOR_BYTES, (end - first) * SECTOR_BYTES))
         except FleecerError as error:
             self.say(f"read of {held.name} fails: {error}")
-            if held.snapshot.broken is None and not self.failed():
+            if not self._may_fail(held):
                 raise Violation(f"a read of the whole snapshot {held.name} failed: {error}") from error
         else:
             self.say(f"read of {held.name} sectors {first}..{end - 1} done")
@@ -207,15 +249,19 @@ class World:
         held.readers += 1
         try:
             offset = first * SECTOR_BYTES
-            for extent in await held.edge.block_status(offset, (end - first) * SECTOR_BYTES):
+            for extent in await held.door.block_status(offset, (end - first) * SECTOR_BYTES):
                 if extent.flags & ZERO:
                     held.oracle.check_zero(offset, extent.length)
                 offset += extent.length
         except FleecerError as error:
-            if held.snapshot.broken is None and not self.failed():
+            if not self._may_fail(held):
                 raise Violation(f"the status of the whole snapshot {held.name} failed: {error}") from error
         finally:
             held.readers -= 1
+
+    def _may_fail(self, held: Held) -> bool:
+        """Whether a read of the snapshot may fail: something broke, or its connections were cut off as it was ended."""
+        return held.snapshot.broken is not None or self.failed() or (held.ending and self.server is not None)
 
     async def end(self, held: Held) -> None:
         """Ends a snapshot, its readers' requests in flight first."""
@@ -226,9 +272,9 @@ class World:
         self.held.remove(held)
         if held.job is not None:
             await held.job.cancel()
-            await self.graph.drain_and_detach(held.edge)
+            await self.shut(held.name, held.door, held.edge)
         else:
-            await self.graph.drain_and_detach(held.edge)
+            await self.shut(held.name, held.door, held.edge)
             await uncut(self.graph, held.fleece, timeout_s=1e9)
         self.say(f"{held.name} ended")
 
@@ -246,11 +292,14 @@ class World:
             await self.read_snapshot(held, 0, sectors)
             await self.end(held)
         await self.flush()
-        if self.top.node is not self.node:
+        if self.edge.node is not self.node:
             raise Violation("a filter stays above the disk")
         for edge in self.graph.parents(self.node):
             if edge.busy:
                 raise Violation(f"{edge} has {edge.busy} requests in flight at the end")
+        if self.jobs.jobs():
+            raise Violation("a job stays behind")
+        await self.shut("disk", self.top, self.edge)
         await self.graph.close()
         for disk in self.disks:
             if disk.in_flight:
@@ -266,34 +315,94 @@ class World:
             raise Violation(f"the image is unsound: {report.messages}")
 
 
+class BareNode(Node):
+    """A storage as a node without claims, as a connection to another server is: nothing here hides a race above."""
+
+    driver = "bare"
+
+    __slots__ = ("_storage",)
+
+    def __init__(self, name: str, storage: SimDisk) -> None:
+        super().__init__(name, storage.size, limits=Limits(request_alignment_bytes=1), read_only=False)
+        self._storage = storage
+
+    async def pread(self, offset: int, length: int) -> Buffer:
+        """See `Node.pread`."""
+        return self._storage.try_pread(offset, length) or await self._storage.pread(offset, length)
+
+    async def pwrite(self, offset: int, data: Buffer, serialising: bool = False) -> None:
+        """See `Node.pwrite`."""
+        if not self._storage.try_pwrite(offset, data):
+            await self._storage.pwrite(offset, data)
+
+    async def zero(self, offset: int, length: int, unmap: bool = True, serialising: bool = False) -> None:
+        """See `Node.zero`."""
+        await self._storage.zero(offset, length, unmap)
+
+    async def discard(self, offset: int, length: int) -> None:
+        """See `Node.discard`."""
+        await self._storage.discard(offset, length)
+
+    async def flush(self) -> None:
+        """See `Node.flush`."""
+        await self._storage.sync()
+
+    async def block_status(self, offset: int, length: int) -> list[Extent]:
+        """See `Node.block_status`."""
+        runs = await self._storage.extents(offset, length)
+        return merge_extents([Extent(run, 0 if is_data else HOLE | ZERO) for run, is_data in runs])
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Medium:
+    """What the disks of a world are like: how long requests take, whether they tear, how many are done at once.
+
+    `latency` makes a source of times for each disk; None for heavy-tailed ones. `faults` are the image's, `record`
+    keeps its log for power cuts.
+    """
+
+    latency: Callable[[], Latency] | None = None
+    tearing: bool = True
+    inline: float = 0.0
+    faults: Faults | None = None
+    record: bool = False
+
+
+def prompt(inline: float = 0.0) -> Medium:
+    """Disks that take no time: what comes first is the schedule's choice alone."""
+    return Medium(latency=lambda: lambda: 0.0, tearing=False, inline=inline)
+
+
 async def make_world(
     generator: random.Random,
     *,
     format: Format = "raw",
     clusters: int = 2,
-    latency: Callable[[], Latency] | None = None,
-    faults: Faults | None = None,
+    medium: Medium | None = None,
+    over_nbd: bool = False,
     trace: list[str] | None = None,
-    record: bool = False,
 ) -> World:
-    """A disk of `clusters` clusters of 4 KiB, with no snapshot, and a guest's edge to it."""
-    world = World(generator, clusters, latency, trace)
-    if format == "raw":
-        world.image = world.disk(world.size, "disk", faults, record=record)
-        world.node = FileNode("disk", world.image)
+    """A disk of `clusters` clusters of 4 KiB, with no snapshot, and a guest's way to it, `over_nbd` or directly."""
+    world = World(generator, clusters, medium or Medium(), trace)
+    if format in ("raw", "bare"):
+        world.image = world.disk(world.size, "disk", image=True)
+        world.node = FileNode("disk", world.image) if format == "raw" else BareNode("disk", world.image)
         world.graph.add(world.node, named=True)
     else:
-        world.image = world.disk(_empty_image(world.size), "image", faults, record=record)
+        world.image = world.disk(_empty_image(world.size), "image", image=True)
         file_node = world.add(world.image)
         file = world.graph.attach(file_node, "node 'disk'", "file", writable=True, may_grow=True, shares_write=False)
         backing = None
         if format == "overlay":
-            base = world.disk(bytes(world.size), "base")
+            base = world.disk(b"".join(stamp(OF_BASE, sector) for sector in range(world.history.sectors)), "base")
+            world.history = History(world.history.sectors, dict.fromkeys(range(world.history.sectors), OF_BASE))
             backing = world.graph.attach(world.add(base), "node 'disk'", "backing")
         header = await read_header(file, "disk")
         world.node = await open_qcow2(file, name="disk", header=header, backing=backing, read_only=False)
         world.graph.add(world.node, named=True)
-    world.top = world.graph.attach(world.node, "export 'disk'", "nbd", writable=True)
+    world.edge = world.graph.attach(world.node, "export 'disk'", "nbd", writable=True)
+    world.server = Server(raise_internal_errors=True) if over_nbd else None
+    world.top = await world.door("disk", world.edge)
     return world
 
 

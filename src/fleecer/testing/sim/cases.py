@@ -1,0 +1,245 @@
+"""A case: what several actors do to one disk at the same time, drawn from a seed, run, and told.
+
+A case is data, so it can be written down, made smaller and run again:
+
+    {"format": "raw", "clusters": 2, "held": ["access"], "actors": [["write 0 8", "flush"], ["sread 0 0 16"]]}
+
+    write, zero, discard, read FIRST END      a guest, on sectors [FIRST, END)
+    flush                                     a guest
+    sread, sstatus WHICH FIRST END            a reader of the snapshot that is WHICH-th in age then
+    sstart                                    a snapshot read through snapshot-access
+    jstart                                    a backup job into an overlay of the live disk (the first scheme)
+    sstop, jcancel                            ends the oldest snapshot, the oldest job
+
+Where there is no such snapshot nothing is done.
+
+Each actor does one thing after the other, all actors at once. `held` are made before, and the first `filled` sectors
+written (-1: all). `seed` decides times and tearing; `prompt` gives disks that take no time, so that the schedule alone
+decides. `over_nbd` puts a connection between everyone and the disk.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+import random
+import time
+from collections.abc import Callable, Coroutine, Sequence
+from typing import Any, Literal, get_args
+
+from fleecer.testing.sim.loop import Driver, Fifo, NamedLoop, Pct, Scheduler, Shuffle, SimLoop, simulate
+from fleecer.testing.sim.oracle import Violation
+from fleecer.testing.sim.world import Format, Held, Medium, World, make_world, prompt
+
+Scheme = Literal["access", "target"]
+GUESTS = ("write", "zero", "discard", "read", "flush")
+READERS = ("sread", "sstatus")
+OPERATORS = ("sstart", "sstop", "jstart", "jcancel")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Case:
+    """See the top of this file."""
+
+    format: Format
+    clusters: int
+    held: tuple[Scheme, ...]
+    actors: tuple[tuple[str, ...], ...]
+    seed: int = 0
+    over_nbd: bool = False
+    prompt: bool = False
+    inline: float = 0.0
+    filled: int = -1
+
+    def to_json(self) -> str:
+        """One line that `from_json` reads."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Case:
+        """What `to_json` wrote. Raises ValueError, TypeError for what is none."""
+        fields = json.loads(text)
+        fields["held"] = tuple(fields["held"])
+        fields["actors"] = tuple(tuple(actor) for actor in fields["actors"])
+        return cls(**fields)
+
+
+def draw_case(seed: int) -> Case:
+    """A case of a few actors on one to three clusters: small, so that they meet."""
+    draw = random.Random(seed)
+    clusters = draw.choice((1, 2, 2, 3))
+    formats: Sequence[Format] = draw.choices(get_args(Format), (3, 3, 2, 2))
+    held = tuple(draw.choice(get_args(Scheme)) for _ in range(draw.choice((0, 1, 1, 2))))
+    actors = [
+        tuple(_draw_guest(draw, clusters) for _ in range(draw.randint(1, 4))) for _ in range(draw.choice((1, 2, 3)))
+    ]
+    actors += [
+        tuple(_draw_reader(draw, clusters) for _ in range(draw.randint(1, 4))) for _ in range(draw.choice((1, 1, 2)))
+    ]
+    if draw.random() < 0.7:
+        actors.append(tuple(draw.choices(OPERATORS, (3, 2, 2, 2), k=draw.randint(1, 3))))
+    return Case(
+        formats[0],
+        clusters,
+        held,
+        tuple(actors),
+        seed,
+        over_nbd=draw.random() < 0.5,
+        inline=draw.choice((0.0, 0.0, 0.3, 0.8)),
+        filled=draw.choice((-1, -1, 0, 8)),
+    )
+
+
+def _draw_guest(draw: random.Random, clusters: int) -> str:
+    (kind,) = draw.choices(GUESTS, (6, 2, 2, 2, 1))
+    return kind if kind == "flush" else f"{kind} {_draw_range(draw, clusters)}"
+
+
+def _draw_reader(draw: random.Random, clusters: int) -> str:
+    (kind,) = draw.choices(READERS, (3, 1))
+    return f"{kind} {draw.randrange(3)} {_draw_range(draw, clusters)}"
+
+
+def _draw_range(draw: random.Random, clusters: int) -> str:
+    sectors = clusters * 8
+    if draw.random() < 0.5:
+        first = draw.randrange(clusters) * 8
+        return f"{first} {min(sectors, first + draw.choice((8, 8, 16)))}"
+    first = draw.randrange(sectors)
+    return f"{first} {min(sectors, first + draw.choice((1, 3, 8, 12)))}"
+
+
+def draw_scheduler(seed: int) -> Scheduler:
+    """First come, first served, half of the time; else by priorities; now and then any order."""
+    draw = random.Random(seed)
+    kind = draw.random()
+    return Fifo() if kind < 0.5 else Pct(draw) if kind < 0.9 else Shuffle(draw)
+
+
+async def play(case: Case, trace: list[str] | None = None, *, run: Run | None = None) -> World:
+    """Plays the case in the running loop. Raises Violation, or what an actor raised. Returns the world, closed."""
+    world = await _prepare(case, trace)
+    await (run or _all)([_act(world, actor) for actor in case.actors])
+    await world.finish()
+    return world
+
+
+Actors = list[Coroutine[Any, Any, None]]
+Run = Callable[[Actors], Coroutine[Any, Any, None]]
+"""Runs all the actors, and raises what they raise."""
+
+
+async def _all(actors: Actors) -> None:
+    await asyncio.gather(*_start(actors))
+
+
+def _start(actors: Actors) -> list[asyncio.Task[None]]:
+    """Each actor in a task whose name does not depend on how many others there are."""
+    loop = asyncio.get_running_loop()
+    return [loop.create_task(actor, name=f"actor {number}") for number, actor in enumerate(actors)]
+
+
+async def _prepare(case: Case, trace: list[str] | None) -> World:
+    world = await make_world(
+        random.Random(case.seed),
+        format=case.format,
+        clusters=case.clusters,
+        medium=prompt(case.inline) if case.prompt else Medium(inline=case.inline),
+        over_nbd=case.over_nbd,
+        trace=trace,
+    )
+    filled = min(case.filled, world.history.sectors) if case.filled >= 0 else world.history.sectors
+    if filled:
+        await world.write(0, filled)
+    for scheme in case.held:
+        await (world.take if scheme == "access" else world.fleece)()
+    return world
+
+
+async def _act(world: World, operations: Sequence[str]) -> None:
+    for operation in operations:
+        kind, *words = operation.split()
+        numbers = [int(word) for word in words]
+        if kind in GUESTS:
+            await getattr(world, kind)(*numbers)
+        elif kind in READERS:
+            which, first, end = numbers
+            if held := _pick(world.held, which):
+                await (world.read_snapshot if kind == "sread" else world.status_of_snapshot)(held, first, end)
+        elif kind == "sstart":
+            await world.take()
+        elif kind == "jstart":
+            await world.fleece()
+        elif held := _pick([one for one in world.held if (one.job is not None) == (kind == "jcancel")], 0):
+            await world.end(held)
+
+
+def _pick(held: list[Held], which: int) -> Held | None:
+    return held[which % len(held)] if held else None
+
+
+def run_seed(seed: int, trace: list[str] | None = None, *, loop: SimLoop | None = None) -> None:
+    """Plays the case of a seed under the schedule of that seed. Raises Violation and whatever else goes wrong."""
+    loop = loop or SimLoop()
+    loop.scheduler = draw_scheduler(seed)
+    simulate(play(draw_case(seed), trace), loop=loop)
+
+
+BATCH = 100
+"""How many schedules make a batch."""
+
+
+@dataclasses.dataclass(slots=True)
+class Batch:
+    """What the schedules of the seeds from `first` came to. `failed`: seeds, and with what."""
+
+    first: int
+    schedules: int = 0
+    steps: int = 0
+    virtual_s: float = 0.0
+    cpu_s: float = 0.0
+    failed: list[tuple[int, str]] = dataclasses.field(default_factory=list)
+
+    def add(self, other: Batch) -> None:
+        """Counts another batch in."""
+        self.schedules += other.schedules
+        self.steps += other.steps
+        self.virtual_s += other.virtual_s
+        self.cpu_s += other.cpu_s
+        self.failed += other.failed
+
+
+def run_batch(first: int) -> Batch:
+    """Runs the seeds [first, first + BATCH)."""
+    batch = Batch(first)
+    began = time.process_time()
+    for seed in range(first, first + BATCH):
+        loop = SimLoop()
+        try:
+            run_seed(seed, loop=loop)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is what is looked for
+            batch.failed.append((seed, f"{type(error).__name__}: {error}"))
+        batch.schedules += 1
+        batch.steps += loop.steps
+        batch.virtual_s += loop.time()
+    batch.cpu_s = time.process_time() - began
+    return batch
+
+
+def run_directed(case: Case, driver: Driver, *, trace: list[str] | None = None, loop: NamedLoop | None = None) -> None:
+    """Plays a case on prompt disks, each step of its actors chosen by `driver`. Raises as `run_seed`."""
+    loop = loop or NamedLoop(steps_max=100_000)
+
+    async def directed(actors: Actors) -> None:
+        tasks = _start(actors)
+        loop.direct(driver)
+        await loop.quiescent()
+        for task in tasks:
+            if task.done():
+                task.result()
+        for number, task in enumerate(tasks):
+            if not task.done():
+                raise Violation(f"actor {number} waits for something that never comes")
+
+    simulate(play(dataclasses.replace(case, prompt=True), trace, run=directed), loop=loop)
