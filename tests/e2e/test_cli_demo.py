@@ -61,9 +61,9 @@ def test_a_daemon_that_mixes_times_fails_the_demo(tmp_path: Path) -> None:
 
 def test_without_e2fsprogs_one_line_tells_what_to_install(tmp_path: Path) -> None:
     script = (
-        "import sys, fleecer.cli, fleecer.cli.demo.disk as disk\n"
+        "import sys, fleecer.cli.program, fleecer.cli.demo.disk as disk\n"
         "disk._TOOL_DIRECTORIES = '/nonexistent'\n"
-        "sys.exit(fleecer.cli.run(['demo']))"
+        "sys.exit(fleecer.cli.program.run(['demo']))"
     )
     done = subprocess.run(
         [sys.executable, "-c", script],

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -67,7 +69,10 @@ def test_status_shows_disks_clients_and_snapshots(tmp_path: Path) -> None:
     raw_image(tmp_path / "a.raw", MiB)
     with Serving(tmp_path, "a.raw") as daemon:
         assert document("status", "--run-dir", daemon.run_dir) == {
-            "disks": [{"name": "a", "size": MiB, "format": "raw", "uri": daemon.uris["a"], "snapshots": []}]
+            "disks": [
+                {"name": "a", "size": MiB, "format": "raw", "uri": daemon.uris["a"], "uris": [daemon.uris["a"]]}
+                | {"snapshots": []}
+            ]
         }
         taken = document("snapshot", "create", "--run-dir", daemon.run_dir, "--name", "s")
         (disk,) = document("status", "--run-dir", daemon.run_dir)["disks"]
@@ -76,6 +81,7 @@ def test_status_shows_disks_clients_and_snapshots(tmp_path: Path) -> None:
                 "name": "s",
                 "created": taken["created"],
                 "uri": taken["disks"][0]["uri"],
+                "uris": [taken["disks"][0]["uri"]],
                 "bytes_preserved": 0,
                 "state": "active",
             }
@@ -85,6 +91,65 @@ def test_status_shows_disks_clients_and_snapshots(tmp_path: Path) -> None:
         assert lines[1].split() == ["a", "1.0", "MiB", "raw", "0", "0", "B/s", "0", "B/s", str(tmp_path / "a.raw")]
         assert lines[3].split() == ["SNAPSHOT", "DISK", "AGE", "PRESERVED", "STATE"]
         assert lines[4].split()[:2] == ["s", "a"]
+        assert [line.split() for line in lines[6:]] == [
+            ["EXPORT", "URI"],
+            ["a", daemon.uris["a"]],
+            ["a@s", taken["disks"][0]["uri"]],
+        ]
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0"])
+def test_over_tcp_snapshots_and_disks_have_a_second_uri(tmp_path: Path, host: str) -> None:
+    content = raw_image(tmp_path / "a.raw", MiB, (0, b"past"))
+    with Serving(tmp_path, "a.raw", options=("--listen", f"{host}:0")) as daemon:
+        local, remote = daemon.snapshot("--name", "s")
+        write(daemon.uris["a"], "write -P 1 0 64k")
+        assert local == f"nbd+unix:///a@s?socket={daemon.run_dir}/nbd.sock"
+        shown = socket.gethostname() if host == "0.0.0.0" else host
+        assert remote.startswith(f"nbd://{shown}:")
+        peer("nbdcopy", remote.replace(f"//{shown}:", "//127.0.0.1:"), str(tmp_path / "copy"))
+        assert (tmp_path / "copy").read_bytes() == content
+        (disk,) = document("status", "--run-dir", daemon.run_dir)["disks"]
+        assert disk["uris"] == daemon.lines[0].split()[1:]
+        assert (disk["uri"], disk["snapshots"][0]["uris"]) == (disk["uris"][0], [local, remote])
+
+
+def test_a_reader_of_the_first_line_only_has_its_snapshot(tmp_path: Path) -> None:
+    raw_image(tmp_path / "a.raw", MiB)
+    with Serving(tmp_path, "a.raw", options=("--listen", "127.0.0.1:0")) as daemon:
+        for number in range(3):
+            command = f'"$@" snapshot create --name s{number} --run-dir {daemon.run_dir} | head -n 1'
+            exported = f"set -o pipefail; export PYTHONPATH={ENVIRONMENT['PYTHONPATH']}"
+            uri = peer("bash", "-c", f"{exported}; {command}", "-", *PROGRAM)
+            assert peer("nbdinfo", "--size", uri.strip()) == f"{MiB}\n"
+
+
+def test_a_snapshot_of_which_nobody_was_told_goes_again(tmp_path: Path) -> None:
+    raw_image(tmp_path / "a.raw", MiB)
+    script = (
+        "import os, signal, sys\n"
+        "from fleecer.cli import main, qmp_client\n"
+        "real = qmp_client.QmpClient.execute\n"
+        "def execute(self, command, *given, **more):\n"
+        "    answer = real(self, command, *given, **more)\n"
+        "    if command == 'snapshot-create': os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return answer\n"
+        "qmp_client.QmpClient.execute = execute\n"
+        "main()\n"
+    )
+    with Serving(tmp_path, "a.raw") as daemon, QmpClient(f"{daemon.run_dir}/qmp.sock") as watching:
+        done = subprocess.run(
+            [sys.executable, "-c", script, "snapshot", "create", "--run-dir", daemon.run_dir],
+            env=ENVIRONMENT,
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert (done.returncode, done.stdout, done.stderr) == (130, "", "fleecer: interrupted\n")
+        while watching.execute("query-snapshots"):
+            pass
+        daemon.snapshot("--name", "kept")
+        assert [taken["name"] for taken in watching.execute("query-snapshots")] == ["kept"]
 
 
 def test_a_snapshot_reads_as_the_disks_were_while_they_are_overwritten(tmp_path: Path) -> None:
@@ -152,7 +217,7 @@ def test_one_disk_is_the_default_export(tmp_path: Path) -> None:
         assert peer("nbdinfo", "--size", f"nbd+unix:///?socket={daemon.run_dir}/nbd.sock") == f"{5 * KiB}\n"
 
 
-@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "quit"])
+@pytest.mark.parametrize("how", ["SIGTERM", "SIGINT", "SIGHUP", "quit", "many"])
 def test_the_orderly_end_is_status_zero_and_everything_is_in_the_image(tmp_path: Path, how: str) -> None:
     peer("qemu-img", "create", "-q", "-f", "qcow2", "a.qcow2", "64M", cwd=tmp_path)
     with Serving(tmp_path, "a.qcow2") as daemon:
@@ -163,6 +228,10 @@ def test_the_orderly_end_is_status_zero_and_everything_is_in_the_image(tmp_path:
                 assert client.execute("quit") == {}
             _, err = daemon.process.communicate(timeout=TIMEOUT_S)
             assert (daemon.process.returncode, err) == (0, "")
+        elif how == "many":
+            for _ in range(5):
+                daemon.process.send_signal(signal.SIGINT)
+            assert daemon.stop() == (0, "")
         else:
             assert daemon.stop(signal.Signals[how]) == (0, "")
     peer("qemu-img", "check", "-q", str(tmp_path / "a.qcow2"))
@@ -225,8 +294,10 @@ def test_a_second_signal_gives_up_at_once(tmp_path: Path) -> None:
         while (tmp_path / "nbd.sock").exists():
             assert time.monotonic() < deadline
         assert process.poll() is None, "a read is in flight"
-        process.send_signal(signal.SIGTERM)
-        assert process.communicate(timeout=TIMEOUT_S)[1] == "fleecer: second signal: giving up at once\n"
+        while process.poll() is None:  # those of the first second are taken for one
+            process.send_signal(signal.SIGTERM)
+            assert time.monotonic() < deadline
+        assert process.communicate(timeout=TIMEOUT_S)[1] == "fleecer: stopped again: giving up at once\n"
         assert process.returncode == 1
     finally:
         if process.poll() is None:
@@ -263,7 +334,7 @@ def test_status_works_on_a_qemu_and_what_it_lacks_is_told(tmp_path: Path) -> Non
             assert time.monotonic() < deadline
         qmp = ("--qmp", f"{tmp_path}/q.sock")
         assert document("status", *qmp) == {
-            "disks": [{"name": "web", "size": MiB, "format": "file", "uri": None, "snapshots": []}]
+            "disks": [{"name": "web", "size": MiB, "format": "file", "uri": None, "uris": [], "snapshots": []}]
         }
         told = fail("snapshot", "create", *qmp)
         assert told == f"the QMP server at '{tmp_path}/q.sock' is not Fleecer's, and has no way to take a snapshot"

@@ -160,3 +160,24 @@ async def test_refcounts_and_l2_entries_of_all_kinds() -> None:
 async def test_a_file_that_is_cut_off_in_its_header_is_refused(length: int) -> None:
     with pytest.raises(FormatError):
         await open_image(MemoryStorage((await sound_image())[:length], name="image"))
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_flipped_bits_and_lost_ends(seed: int) -> None:
+    sound = await sound_image(seed)
+    generator = random.Random(seed)
+    refused = 0
+    tracemalloc.start()
+    try:
+        for round_ in range(40):
+            data = bytearray(sound)
+            for _ in range(generator.choice((0, 1, 1, 2, 8, 64))):
+                bit = generator.randrange(8 * generator.choice((120, 7 * CLUSTER, len(data))))
+                data[bit >> 3] ^= 1 << (bit & 7)
+            if generator.random() < 0.5:
+                del data[generator.randrange(len(data)) :]
+            refused += await used(bytes(data), round_) != "opened"
+            assert tracemalloc.get_traced_memory()[1] < 64 * MiB
+    finally:
+        tracemalloc.stop()
+    assert 5 < refused < 40

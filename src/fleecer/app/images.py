@@ -30,7 +30,8 @@ from fleecer.errors import CorruptImage, FleecerError, IoError, UsageError, quot
 from fleecer.jobs import transfer
 from fleecer.storage.api import Storage
 from fleecer.storage.file import open_file
-from fleecer.storage.newfile import NewFile, forget_cached, make_directories
+from fleecer.storage.newfile import NewFile, forget_cached, made_directories
+from fleecer.storage.paths import file_identity
 
 Phase = Literal["copying", "verifying"]
 Report = Callable[[Phase, transfer.Progress], None]
@@ -129,11 +130,10 @@ async def back_up(
     """Copies an NBD export served at a unix socket into a new qcow2 image, `directory`/`stem`.qcow2.
 
     The export must not change meanwhile. A file that exists is never touched: "-2", "-3" ... is added to the stem then.
-    On return the image and its name are durable. Raises FleecerError; then there is no file, but maybe the directory.
+    On return the image and its name are durable. Raises FleecerError; then there is no file, nor a new directory.
     """
     begun_s = time.monotonic()
-    await make_directories(directory)
-    async with _bench() as bench:
+    async with made_directories(directory), _bench() as bench:
         source = await bench.source(
             opt.NbdOptions(node_name="source", server=opt.UnixAddress(path=socket_path), export=export, read_only=True)
         )
@@ -156,12 +156,13 @@ async def restore(
     *,
     format: Format | None = None,
     force: bool = False,
+    backup_format: Format | None = None,
     allow_backing: tuple[str, ...] = (),
     report: Report | None = None,
 ) -> Restored:
     """Writes the image `backup` into a raw or qcow2 image at `target`, reads it back, and compares.
 
-    The target's format is told by its ending unless given. With `force` an existing file is replaced in one step once
+    The formats are told by the files' endings unless given. With `force` an existing file is replaced in one step once
     the new one is verified; a block device is overwritten in place. Raises FleecerError; then an existing file is as it
     was, a new one does not exist, and what a block device holds is undefined.
     """
@@ -170,11 +171,13 @@ async def restore(
     existing = _what_is_at(target)
     if existing is not None and not force:
         raise UsageError(f"target {quoted(target)} exists; use --force to overwrite it")
+    if existing is not None and file_identity(backup) == file_identity(target):
+        raise UsageError(f"target {quoted(target)} is the backup itself; choose another")
     in_place = existing is not None and stat.S_ISBLK(existing)
     if in_place and kind != "raw":
         raise UsageError(f"target {quoted(target)} is a block device, and only --format raw can be written to one")
     async with _bench(allow_backing) as bench:
-        source = await bench.source(_image_options(backup, "source"))
+        source = await bench.source(_image_options(backup, "source", backup_format))
         # Holds the lock of what is about to be overwritten until that is done.
         old = await open_file(target) if existing is not None else None
         if in_place and old is not None:
@@ -261,10 +264,10 @@ async def _publish_beside(new: NewFile, stem: str, ending: str) -> str:
     raise UsageError(f"there are {_SAME_TIME_MAX} files {quoted(stem)}-N{ending}; choose another directory")
 
 
-def _image_options(path: str, node_name: str) -> opt.BlockdevOptions:
-    """Options to read the image at `path`, whose ending tells its format."""
+def _image_options(path: str, node_name: str, kind: Format | None = None) -> opt.BlockdevOptions:
+    """Options to read the image at `path`, whose ending tells its format unless `kind` does."""
     file = opt.FileOptions(filename=path, read_only=True)
-    if format_of(path) == "qcow2":
+    if (kind or format_of(path, option="--backup-format")) == "qcow2":
         return opt.Qcow2Options(node_name=node_name, file=file, read_only=True)
     return opt.RawOptions(node_name=node_name, file=file, read_only=True)
 

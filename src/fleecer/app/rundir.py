@@ -14,11 +14,12 @@ import stat
 from collections.abc import Iterator
 
 from fleecer.errors import InUse, IoError, UsageError, quoted
+from fleecer.net.unixpath import SOCKET_PATH_BYTES_MAX
 
 QMP_SOCKET = "qmp.sock"
 NBD_SOCKET = "nbd.sock"
 LOCK_FILE = "daemon.lock"
-_SOCKET_PATH_MAX = 107  # unix(7): sun_path has 108 bytes, the last one is zero
+_OTHERS_WRITE = stat.S_IWGRP | stat.S_IWOTH
 
 
 def default_run_directory() -> str:
@@ -38,20 +39,18 @@ def claimed(path: str) -> Iterator[str]:
     Raises InUse naming the process that has it, UsageError for a directory unfit to hold sockets, IoError.
     """
     path = os.path.abspath(path)
-    if len(os.fsencode(os.path.join(path, NBD_SOCKET))) > _SOCKET_PATH_MAX:
+    if len(os.fsencode(os.path.join(path, NBD_SOCKET))) > SOCKET_PATH_BYTES_MAX:
         raise UsageError(
-            f"run directory {quoted(path)}: its sockets' paths would be longer than {_SOCKET_PATH_MAX} bytes; "
+            f"run directory {quoted(path)}: its sockets' paths would be longer than {SOCKET_PATH_BYTES_MAX} bytes; "
             "choose a shorter one"
         )
+    _make(path)
     try:
-        os.makedirs(path, mode=0o700, exist_ok=True)
-        status = os.stat(path)
         lock = os.open(os.path.join(path, LOCK_FILE), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
     except OSError as error:
-        raise IoError(error.errno or errno.EIO, path, "make the run directory") from error
+        what = f"make {LOCK_FILE} in the run directory"
+        raise IoError(error.errno or errno.EIO, path, what, detail=_advised(error)) from error
     try:
-        if status.st_uid != os.geteuid() or stat.S_IMODE(status.st_mode) & 0o022:
-            raise UsageError(f"run directory {quoted(path)} can be written to by other users; make it yours alone")
         _lock(lock, path)
         os.ftruncate(lock, 0)
         os.pwrite(lock, b"%d\n" % os.getpid(), 0)
@@ -60,12 +59,42 @@ def claimed(path: str) -> Iterator[str]:
         os.close(lock)
 
 
+def _make(path: str) -> None:
+    """Makes the directory, unless it is there, and sees that it is one that only this user can write to."""
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        status = os.stat(path)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UsageError(
+            f"run directory {quoted(path)}: it, or a part of its path, is no directory; choose another with --run-dir"
+        ) from error
+    except OSError as error:
+        what = "make the run directory"
+        raise IoError(error.errno or errno.EIO, path, what, detail=_advised(error)) from error
+    if status.st_uid != os.geteuid():
+        raise UsageError(
+            f"run directory {quoted(path)} belongs to user {status.st_uid}, not to you ({os.geteuid()}); "
+            "choose another with --run-dir"
+        )
+    if status.st_mode & _OTHERS_WRITE:
+        raise UsageError(
+            f"run directory {quoted(path)} can be written to by other users (mode {stat.S_IMODE(status.st_mode):o}); "
+            "take that from them (chmod go-w), or choose another with --run-dir"
+        )
+
+
+def _advised(error: OSError) -> str:
+    return f"{error.strerror}; choose another with --run-dir"
+
+
 def _lock(fd: int, path: str) -> None:
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = os.pread(fd, 32, 0).decode("ascii", "replace").strip()
         whom = f"process {holder}" if holder.isdecimal() else "another process"
-        raise InUse(f"run directory {quoted(path)} is in use by {whom}") from None
+        raise InUse(
+            f"run directory {quoted(path)} is in use by {whom}; stop that, or choose another with --run-dir"
+        ) from None
     except OSError as error:
         raise IoError(error.errno or errno.ENOLCK, path, "lock the run directory") from error

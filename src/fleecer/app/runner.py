@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
+from fleecer.app import signals
 from fleecer.errors import UsageError, quoted
 from fleecer.storage.pool import running_pool
 
@@ -34,18 +35,38 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     return asyncio.new_event_loop
 
 
-def run(main: Coroutine[Any, Any, T]) -> T:
+def run(main: Coroutine[Any, Any, T], *, ends_in_order: bool = False) -> T:
     """Runs `main` to its end in a new event loop, ends the loop's threads, and returns what it returned.
 
-    SIGINT cancels `main` unless it handles the signal itself; KeyboardInterrupt is raised once it has ended.
+    A stop signal cancels `main` unless that follows signals itself; `Interrupted` is raised once it has ended. With
+    `ends_in_order` a signal is the usual way to end `main`, and later ones have no effect any more.
     """
     try:
         factory = loop_factory()
     except UsageError:
         main.close()
         raise
-    with asyncio.Runner(loop_factory=factory) as runner:
-        return runner.run(_with_pool(main))
+    cancelled_by = 0
+
+    async def heeding_signals() -> T:
+        task = asyncio.current_task()
+        assert task is not None, "a loop runs coroutines in tasks"
+
+        def cancel(number: int) -> None:
+            nonlocal cancelled_by
+            cancelled_by = number
+            task.cancel()
+
+        with signals.heeded_by(asyncio.get_running_loop(), signals.Stopper(cancel), ends_in_order=ends_in_order):
+            return await _with_pool(main)
+
+    try:
+        with asyncio.Runner(loop_factory=factory) as runner:
+            return runner.run(heeding_signals())
+    except asyncio.CancelledError:
+        if cancelled_by:
+            raise signals.Interrupted(cancelled_by) from None
+        raise
 
 
 async def _with_pool(main: Coroutine[Any, Any, T]) -> T:

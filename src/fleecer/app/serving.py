@@ -2,7 +2,8 @@
 
 The end, asked for by SIGTERM, SIGINT or QMP's `quit`: no more commands and sessions are taken; the daemon refuses new
 requests, ends those in flight, flushes and closes everything; events of that are still told; then the monitors close.
-A second signal gives up at once, with status 1: as after a crash, nothing is lost that a flush had acknowledged.
+A second signal, not too soon after the first (signals.py), gives up at once, with status 1: as after a crash, nothing
+is lost that a flush had acknowledged.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import gc
 import logging
 import os
 import re
-import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Sequence
 
+from fleecer.app import signals
 from fleecer.app.rundir import NBD_SOCKET, QMP_SOCKET, claimed
 from fleecer.daemon import Daemon
 from fleecer.daemon.daemon import Format
@@ -26,6 +27,7 @@ from fleecer.export import Export
 from fleecer.monitor import MonitorServer
 from fleecer.net.listen import parse_host_port
 from fleecer.net.uri import DEFAULT_PORT, tcp_uri, unix_uri
+from fleecer.storage.paths import file_identity
 
 NAME_BYTES_MAX = 128
 """Names of disks become names of directories in backups, and parts of export names."""
@@ -69,13 +71,6 @@ class Service:
         """Returns once the end was asked for."""
         await self._stopping.wait()
 
-    def signalled(self) -> None:
-        """What SIGTERM and SIGINT do."""
-        if self._stopping.is_set():
-            os.write(2, b"fleecer: second signal: giving up at once\n")
-            os._exit(1)
-        self.stop()
-
     async def close(self) -> None:
         """The orderly end. Raises the first failure, such as of the last flush, after all has been tried."""
         self.monitor.refuse()
@@ -87,19 +82,16 @@ class Service:
 
 @contextlib.asynccontextmanager
 async def service(daemon: Daemon) -> AsyncIterator[Service]:
-    """Signals are heeded inside; leaving it, however that happens, is the orderly end."""
+    """Stop signals ask for the end inside; leaving it, however that happens, is the orderly end.
+
+    They are followed until the event loop is closed, so that what hangs at the end can be given up.
+    """
     running = Service(daemon)
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, running.signalled)
+    signals.follow(asyncio.get_running_loop(), signals.Stopper(lambda _: running.stop()))
     try:
         yield running
     finally:
-        try:
-            await running.close()
-        finally:
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.remove_signal_handler(number)
+        await running.close()
 
 
 def disk_named(text: str, image_format: Format | None) -> Disk:
@@ -129,7 +121,11 @@ async def serve(options: ServeOptions, announce: Callable[[str], None]) -> None:
     to do.
     """
     _check_names(options.disks)
+    if not options.read_only:
+        _check_files(options.disks)
     address = parse_host_port(options.listen, DEFAULT_PORT) if options.listen is not None else None
+    if address is not None and not address[0]:
+        raise UsageError(f"address {quoted(options.listen or '')} names no host; 0.0.0.0 or [::] is every address")
     with claimed(options.run_directory) as directory:
         daemon = Daemon(allow_backing=options.allow_backing)
         async with service(daemon) as running:
@@ -162,6 +158,7 @@ def uris(daemon: Daemon, export: Export) -> list[str]:
 def _check_names(disks: Sequence[Disk]) -> None:
     paths: dict[str, str] = {}
     for disk in disks:
+        _check_encoding(disk.name)
         if not _NAME.fullmatch(disk.name) or disk.name in (".", ".."):
             raise UsageError(
                 f"disk name {quoted(disk.name)} must not be empty, nor have '/' or '@' or control characters in it; "
@@ -177,3 +174,25 @@ def _check_names(disks: Sequence[Disk]) -> None:
                 "name one otherwise: NAME=IMAGE"
             )
         paths[disk.name] = disk.path
+
+
+def _check_encoding(name: str) -> None:
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"disk name {quoted(name)} is not UTF-8, as NBD wants; name the disk: NAME=IMAGE") from None
+
+
+def _check_files(disks: Sequence[Disk]) -> None:
+    """Tells of an image given twice, which its own lock would refuse in words that look for another process."""
+    paths: dict[tuple[int, int], str] = {}
+    for disk in disks:
+        identity = file_identity(disk.path)
+        if identity is None:
+            continue
+        if identity in paths:
+            raise UsageError(
+                f"images {quoted(paths[identity])} and {quoted(disk.path)} are the same file; serve it once, or all "
+                "with --read-only"
+            )
+        paths[identity] = disk.path

@@ -15,6 +15,7 @@ import msgspec
 
 from fleecer.app import keyval
 from fleecer.app.serving import Service, service, settle
+from fleecer.block.schema import explain
 from fleecer.daemon import Daemon
 from fleecer.errors import IoError, NotFound, UsageError, quoted
 from fleecer.monitor.registry import COMMANDS, Context, execute
@@ -86,7 +87,7 @@ class _Setup:
 
     def __init__(self, running: Service) -> None:
         self._service = running
-        self._context = Context(running.daemon, running.stop, [])
+        self._context = Context(running.daemon, running.stop, {})
         self._chardevs: dict[str, _Socket] = {}
 
     async def apply(self, name: str, value: str) -> None:
@@ -106,7 +107,7 @@ class _Setup:
                 case "--object":
                     kind = keyval.parse(value, implied_key="qom-type").get("qom-type", "")
                     raise UsageError(f"object type {quoted(str(kind))} is not supported, nor is any other yet")
-        except msgspec.ValidationError as error:
+        except _UnfitError as error:
             raise UsageError(f"{name} {value}: {error}") from None
 
     async def _execute(self, command: str, tree: keyval.Tree) -> None:
@@ -136,8 +137,16 @@ class _Setup:
             self._service.monitor.serve(await connect_unix(chardev.path))
 
 
+class _UnfitError(UsageError):
+    """Options that do not fit their schema."""
+
+
 def _converted(tree: keyval.Tree, kind: type[T]) -> T:
-    return msgspec.convert(keyval.typed(tree, kind), type=kind, strict=False)
+    given = keyval.typed(tree, kind)
+    try:
+        return msgspec.convert(given, type=kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise _UnfitError(explain(error, kind, given)) from None
 
 
 def _nested_address(tree: keyval.Tree) -> keyval.Tree:

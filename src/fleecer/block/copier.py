@@ -19,7 +19,11 @@ Invariants:
 - A copy given up (timed out, or nobody needs it any more) never marks anything done.
 - Old data in memory is bounded, whatever a change spans, and so is the time for which the loop is held up by it.
 - A snapshot is taken only while every edge through which the disk is changed is drained.
-- A failure here fails no guest's change, unless `on_error` says so; it breaks the snapshots that needed the copy.
+- A failure here fails no guest's change, unless a snapshot that it concerns says so (`on_error`): then the change
+  fails, and every snapshot is whole. Otherwise those concerned break: where the disk could not be read, all that need
+  the copy; where a scratch could not be written, the one whose scratch it is, and older ones try their own.
+- A change waits for a snapshot's sake as long as copies for the change go on to end well, and no longer than that
+  snapshot's `timeout_s` after the last.
 """
 
 from __future__ import annotations
@@ -44,6 +48,7 @@ CLUSTER_SIZE_MIN = 512
 CLUSTER_SIZE_MAX = 64 * MiB
 TIMEOUT_S = 15.0
 """How long a guest's write waits for a copy unless told otherwise: well below the 30 s after which guests give up."""
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 COPY_MAX_BYTES = 1 * MiB
 COPIES_MAX_BYTES = 8 * MiB
 """Old data in memory at once, besides one copy for each change: one discard may span gigabytes."""
@@ -65,16 +70,22 @@ class Snapshot:
         "living",
         "name",
         "on_broken",
+        "on_error",
         "revoked",
         "scratch",
         "serialising",
+        "timeout_s",
     )
 
-    def __init__(self, name: str, scratch: Edge, *, fresh: bool, serialising: bool) -> None:
+    def __init__(
+        self, name: str, scratch: Edge, *, fresh: bool, serialising: bool, on_error: OnError, timeout_s: float
+    ) -> None:
         self.name = name
         self.scratch = scratch
         self.fresh = fresh
         self.serialising = serialising
+        self.on_error = on_error
+        self.timeout_s = timeout_s
         self.done = Bitmap()
         self.revoked: Bitmap | None = None
         self.frozen = InFlight()
@@ -91,16 +102,21 @@ class Snapshot:
 
 
 class _Copy:
-    """One run of clusters on its way into a scratch."""
+    """One run of clusters on its way into a scratch.
 
-    __slots__ = ("end", "error", "given_up", "snapshot", "start", "waiters")
+    `done_at_s` is when it ended well, in the loop's time; `fails_change` that its error is that of the guest's change.
+    """
+
+    __slots__ = ("done_at_s", "end", "error", "fails_change", "given_up", "snapshot", "start", "waiters")
 
     def __init__(self, start: int, end: int, snapshot: Snapshot) -> None:
         self.start = start
         self.end = end
         self.snapshot = snapshot
         self.error: FleecerError | None = None
+        self.fails_change = False
         self.given_up = False
+        self.done_at_s = 0.0
         self.waiters: list[asyncio.Future[bool]] = []
 
     def ended(self) -> asyncio.Future[bool]:
@@ -120,8 +136,8 @@ class Copier:
     """The snapshots of one disk, and the copying for them. `source` is the disk below the filter.
 
     `cluster_size_bytes` is the unit of copying, a power of two; UsageError for what is none, or out of all proportion.
-    `timeout_s` bounds how long one change waits for copies and readers; 0 for no bound. `freeze=False` leaves frozen
-    reads unprotected, for tests that must show what goes wrong without.
+    `on_error` and `timeout_s` are those of snapshots that bring none of their own; see `take`. `freeze=False` leaves
+    frozen reads unprotected, for tests that must show what goes wrong without.
     """
 
     def __init__(
@@ -139,8 +155,8 @@ class Copier:
             )
         self.source = source
         self.cluster_size_bytes = cluster_size_bytes
-        self.on_error = on_error
-        self.timeout_s = timeout_s
+        self._on_error = on_error
+        self._timeout_s = timeout_s
         self._freeze = freeze
         self._snapshots: list[Snapshot] = []  # in order of time; retired ones stay while an older one may read them
         self._newest: Snapshot | None = None  # the newest one still read: copies go to its scratch
@@ -158,14 +174,32 @@ class Copier:
 
     # Taking and retiring: no await in either, so a cut over several disks is one step.
 
-    def take(self, name: str, scratch: Edge, *, fresh: bool = False, serialising: bool = False) -> Snapshot:
+    def take(
+        self,
+        name: str,
+        scratch: Edge,
+        *,
+        fresh: bool = False,
+        serialising: bool = False,
+        on_error: OnError | None = None,
+        timeout_s: float | None = None,
+    ) -> Snapshot:
         """A snapshot of this very moment. Call it only while everything that changes the disk is drained.
 
         `scratch` must be at least as large as the disk. `fresh` says that it was never written and reads as zeroes, so
         that zeroes need not be copied. `serialising` makes copies and overlapping requests on the scratch wait for each
         other: needed when somebody reads the disk through the scratch, being in its backing chain (QEMU's old scheme).
+        `on_error` says what gives way where old data that it needs cannot be kept; `timeout_s` how long a change waits
+        for its sake without any copy for that change ending well, 0 for no bound. None: as the copier's.
         """
-        snapshot = Snapshot(name, scratch, fresh=fresh, serialising=serialising)
+        snapshot = Snapshot(
+            name,
+            scratch,
+            fresh=fresh,
+            serialising=serialising,
+            on_error=on_error or self._on_error,
+            timeout_s=self._timeout_s if timeout_s is None else timeout_s,
+        )
         self._snapshots.append(snapshot)
         self._look_again()
         return snapshot
@@ -173,14 +207,15 @@ class Copier:
     def retire(self, snapshot: Snapshot) -> list[Edge]:
         """Ends a snapshot: nobody reads it any more. Returns the scratch edges that nothing needs now.
 
-        The caller drains and detaches those; copies on their way into them go on and end, and mark nothing.
+        The caller drains and detaches those; copies on their way into them end, and mark nothing.
         """
         snapshot.living = False
-        kept = self._snapshots
-        while kept and not kept[0].living:
-            kept = kept[1:]
+        kept: list[Snapshot] = []
+        for old in self._snapshots:
+            if old.living or (kept and old.done.count()):  # else nothing in it is for an older one
+                kept.append(old)
         dropped = [old for old in self._snapshots if old not in kept]
-        self._snapshots = list(kept)
+        self._snapshots = kept
         self._look_again()
         self._give_up_useless(dropped)
         return [old.scratch for old in dropped]
@@ -240,31 +275,38 @@ class Copier:
     async def preserve(self, offset: int, length: int) -> None:
         """Returns when the range may be changed: its old data is safe and no snapshot is reading it from the disk.
 
-        Under "break-guest-write" raises what made a copy fail (ETIMEDOUT if it took too long): then nothing may be
-        changed, and every snapshot is whole. Under "break-snapshot" it never raises.
+        Where a snapshot that needs the old data is of "break-guest-write", raises what made a copy fail (ETIMEDOUT if
+        it took too long): then nothing may be changed, and every snapshot is whole. Otherwise it never raises.
         """
         first, end = self._clusters(offset, length)
-        deadline = asyncio.get_running_loop().time() + self.timeout_s if self.timeout_s else None
+        loop = asyncio.get_running_loop()
+        since_s = loop.time()  # when there was progress last
         mine: list[_Copy] = []
         while self._newest is not None or self._copies:
             self._start_copies(first, end, mine)
             for copy in mine:
-                if copy.error is not None and self.on_error == "break-guest-write":
+                if copy.error is not None and copy.fails_change:
                     raise copy.error
+                since_s = max(since_s, copy.done_at_s)
             under_way = next((c for c in self._copies if c.start < end and first < c.end), None)
             if under_way is not None:
-                if not await _done_in_time(under_way.ended(), deadline):
-                    self._copy_timed_out(under_way, offset, length)
+                in_time = await _done_in_time(under_way.ended(), self._next_deadline(since_s))
+                since_s = max(since_s, under_way.done_at_s, *(copy.done_at_s for copy in mine))
+                if not in_time:
+                    self._look_for_late(under_way, since_s, offset, length)
             elif self._newest is None or self._settled.all(first, end):
                 break
-            elif deadline is not None and asyncio.get_running_loop().time() > deadline:
-                self._change_timed_out(first, end, offset, length)
             else:
                 await asyncio.sleep(0)  # much was copied without a wait: others have their turn before the rest is
+        await self._reads_ended(first, end, since_s, offset, length)
+
+    async def _reads_ended(self, first: int, end: int, since_s: float, offset: int, length: int) -> None:
+        """Returns when no snapshot is reading these clusters from the disk. One that broke may: nobody uses it."""
         start, stop = first * self.cluster_size_bytes, end * self.cluster_size_bytes
-        for snapshot in list(self._snapshots):
+        for snapshot in sorted(self._readable(), key=_gives_way) if self._freeze else ():
             reading = snapshot.frozen.until_clear(start, stop - start)
-            if reading is not None and self._freeze and not await _done_in_time(reading, deadline):
+            deadline = since_s + snapshot.timeout_s if snapshot.timeout_s else None
+            if reading is not None and not await _done_in_time(reading, deadline):
                 self._reader_timed_out(snapshot, offset, length)
 
     async def copy(self, offset: int, length: int) -> None:
@@ -325,52 +367,77 @@ class Copier:
         start = copy.start * self.cluster_size_bytes
         length = min(copy.end * self.cluster_size_bytes, self.source.size) - start
         scratch = copy.snapshot.scratch
+        reading = True
         try:
             data = await self.source.pread(start, length)
+            if copy.given_up:
+                return  # and the scratch may be gone
+            reading = False
             if not is_zero(data):
                 await scratch.pwrite(start, data, serialising=copy.snapshot.serialising)
             elif not copy.snapshot.fresh:
                 await scratch.zero(start, length, serialising=copy.snapshot.serialising)
         except FleecerError as error:
-            self._copy_failed(copy, error)
+            self._copy_failed(copy, error, self._needing(copy.start, copy.end) if reading else [copy.snapshot])
         except BaseException:
-            self._copy_failed(copy, IoError(errno.EIO, scratch.node.name, "copy", start, length, "internal error"))
+            bug = IoError(errno.EIO, scratch.node.name, "copy", start, length, "internal error")
+            self._copy_failed(copy, bug, self._needing(copy.start, copy.end))
             raise
         else:
             if not copy.given_up:
+                copy.done_at_s = asyncio.get_running_loop().time()
                 copy.snapshot.done.set(copy.start, copy.end)
                 self._copies.remove(copy)
                 copy.wake()
 
-    def _copy_failed(self, copy: _Copy, error: FleecerError) -> None:
+    def _copy_failed(self, copy: _Copy, error: FleecerError, concerned: list[Snapshot]) -> None:
+        """Ends a copy that failed for `concerned`: all that need it, or only the one whose scratch would not take it.
+
+        Those break, or have the change fail. For any other that needs it, whoever waits tries the next older scratch.
+        """
         copy.error = error
         if copy.given_up:
             return
         self._copies.remove(copy)
         self._look_again()
-        if self.on_error == "break-snapshot":
-            self._break_all_that_need(copy.start, copy.end, f"copying its old data failed: {told(error)}")
+        concerned = [snapshot for snapshot in concerned if snapshot.living and snapshot.broken is None]
+        copy.fails_change = any(snapshot.on_error == "break-guest-write" for snapshot in concerned)
+        for snapshot in () if copy.fails_change else concerned:
+            advice = "; free space there, or keep it elsewhere (scratch-dir)" if error.errno in _NO_SPACE else ""
+            self.break_snapshot(snapshot, f"copying its old data failed: {told(error)}{advice}")
         copy.wake()
 
-    def _copy_timed_out(self, copy: _Copy, offset: int, length: int) -> None:
-        if self.on_error == "break-guest-write" or copy in self._copies:
-            self._change_timed_out(copy.start, copy.end, offset, length, copy)
+    def _next_deadline(self, since_s: float) -> float | None:
+        """When next a snapshot will have waited long enough, in the loop's time; None where none ever will."""
+        now_s = asyncio.get_running_loop().time()
+        deadlines = [since_s + snapshot.timeout_s for snapshot in self._readable() if snapshot.timeout_s]
+        return min((deadline for deadline in deadlines if deadline > now_s), default=None)
 
-    def _change_timed_out(self, first: int, end: int, offset: int, length: int, copy: _Copy | None = None) -> None:
-        to = copy.snapshot if copy is not None else self._newest
-        assert to is not None, "where no copy is under way, nobody waits but for the newest snapshot"
-        what = f"copying its old data to {to.scratch.node.name} took longer than {self.timeout_s:g} s"
-        if self.on_error == "break-guest-write":
-            raise IoError(errno.ETIMEDOUT, self.source.node.name, "write", offset, length, what)
-        if copy is not None:
+    def _look_for_late(self, copy: _Copy, since_s: float, offset: int, length: int) -> None:
+        """Ends the wait for a copy, for those snapshots that need it and have waited long enough since `since_s`.
+
+        Raises IoError (ETIMEDOUT), with nothing broken, where one of them has the guest's change fail.
+        """
+        if copy not in self._copies:
+            return
+        now_s = asyncio.get_running_loop().time()
+        needing = self._needing(copy.start, copy.end)
+        late = [snapshot for snapshot in needing if snapshot.timeout_s and since_s + snapshot.timeout_s <= now_s]
+        for snapshot in sorted(late, key=_gives_way):
+            what = f"copying its old data to {copy.snapshot.scratch.node.name} took longer than"
+            self._change_timed_out(snapshot, what, offset, length)
+        if len(late) == len(needing) and copy in self._copies:
             self._give_up(copy)
-        self._break_all_that_need(first, end, what)
 
     def _reader_timed_out(self, snapshot: Snapshot, offset: int, length: int) -> None:
-        what = f"a read of the disk for it took longer than {self.timeout_s:g} s"
-        if self.on_error == "break-guest-write":
-            raise IoError(errno.ETIMEDOUT, self.source.node.name, "write", offset, length, what)
-        self.break_snapshot(snapshot, what)
+        if snapshot.broken is None and snapshot.living:
+            self._change_timed_out(snapshot, "a read of the disk for it took longer than", offset, length)
+
+    def _change_timed_out(self, snapshot: Snapshot, what: str, offset: int, length: int) -> None:
+        cause = f"{what} {snapshot.timeout_s:g} s"
+        if snapshot.on_error == "break-guest-write":
+            raise IoError(errno.ETIMEDOUT, self.source.node.name, "write", offset, length, cause)
+        self.break_snapshot(snapshot, cause)
 
     def _give_up(self, copy: _Copy) -> None:
         """Nobody waits for, or gains from, this copy any more. It ends by itself, unseen."""
@@ -384,11 +451,9 @@ class Copier:
             if self._newest is None or copy.snapshot in dropped:
                 self._give_up(copy)
 
-    def _break_all_that_need(self, first: int, end: int, cause: str) -> None:
-        """Breaks each snapshot that would read any of these clusters from the disk."""
-        for snapshot in self._readable():
-            if self._reads_disk(snapshot, first, end):
-                self.break_snapshot(snapshot, cause)
+    def _needing(self, first: int, end: int) -> list[Snapshot]:
+        """Every snapshot that would read any of these clusters from the disk."""
+        return [snapshot for snapshot in self._readable() if self._reads_disk(snapshot, first, end)]
 
     # The snapshot's side.
 
@@ -435,7 +500,7 @@ class Copier:
                     holder = candidate
                     break
             snapshot.revoked.set(first, stop)
-            if holder is None and not any(self._reads_disk(s, first, stop) for s in self._readable()):
+            if holder is None and not self._needing(first, stop):
                 self._settled.set(first, stop)
             if holder is not None and not any(self._reads_from(s, holder, first, stop) for s in self._readable()):
                 free.append((holder, first, stop))
@@ -469,6 +534,11 @@ class Copier:
 
     def _reads_from(self, snapshot: Snapshot, scratch_of: Snapshot, first: int, end: int) -> bool:
         return any(holder is scratch_of for holder, _, _ in self._runs(snapshot, first, end))
+
+
+def _gives_way(snapshot: Snapshot) -> bool:
+    """Sorts those first that make the change fail, so that no other breaks for a change that does not happen."""
+    return snapshot.on_error == "break-snapshot"
 
 
 async def _done_in_time(future: asyncio.Future[bool], deadline: float | None) -> bool:

@@ -13,20 +13,35 @@ Invariants:
 - Whoever writes to the disk otherwise than through the filter makes the cut fail; so does who may make it grow, and a
   target on which the disk itself depends.
 - The filter stays until its last snapshot has ended, also while nobody uses the disk.
+- The disk's requests are held back no longer than `CUT_TIMEOUT_S`, unless somebody asks for more. A scratch whose
+  requests do not end is waited for by nobody who holds up others; it goes when they do.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 
 from fleecer.block.copier import CLUSTER_SIZE_BYTES, TIMEOUT_S, Copier, OnError, Snapshot
 from fleecer.block.edge import Edge
-from fleecer.block.graph import DRAIN_TIMEOUT_S, FILTER_ROLE, SNAPSHOT_ROLE, Graph
+from fleecer.block.graph import FILTER_ROLE, SNAPSHOT_ROLE, Graph
 from fleecer.block.node import Node
 from fleecer.block.nodes.copy_before_write import CopyBeforeWriteNode
 from fleecer.block.nodes.filter import FilterNode
-from fleecer.errors import NotFound, PermissionConflict, UsageError, quoted
+from fleecer.errors import IoError, NotFound, PermissionConflict, UsageError, quoted
+
+CUT_TIMEOUT_S = 5.0
+"""How long a cut, or the end of one, holds the disk's requests back behind a slow one: guests give up after 30 s."""
+
+RETRY_S = 5.0
+"""How long after a filter could not be taken out that is tried again first; each time twice as long, up to the next."""
+RETRY_MAX_S = 60.0
+RETRY_TIMEOUT_S = 1.0
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(slots=True)
@@ -34,8 +49,9 @@ class Plan:
     """One disk's part of a cut.
 
     `scratch` is an attached, writable edge to where old data goes; the cut takes it over if it succeeds. `fresh` says
-    that it was never written, and reads as zeroes. With `share`
-    the filter already above the disk is used, if it too was made for sharing. `name` is the snapshot's, in messages.
+    that it was never written, and reads as zeroes. With `share` the filter already above the disk is used, if it too
+    was made for sharing. `name` is the snapshot's, in messages.
+    `cluster_size_bytes` None leaves the unit of copying to the filter; see `Copier` for `on_error` and `timeout_s`.
     """
 
     node: Node
@@ -46,7 +62,7 @@ class Plan:
     filter_name: str | None = None
     on_error: OnError = "break-snapshot"
     timeout_s: float = TIMEOUT_S
-    cluster_size_bytes: int = CLUSTER_SIZE_BYTES
+    cluster_size_bytes: int | None = None
 
 
 @dataclasses.dataclass(slots=True)
@@ -81,7 +97,7 @@ def check_scratch(node: Node, scratch: Node) -> None:
         )
 
 
-async def cut(graph: Graph, plans: Sequence[Plan], *, timeout_s: float = DRAIN_TIMEOUT_S) -> list[Fleece]:
+async def cut(graph: Graph, plans: Sequence[Plan], *, timeout_s: float = CUT_TIMEOUT_S) -> list[Fleece]:
     """Takes a snapshot of every disk planned, all of the same instant, while requests go on.
 
     On return each is in force: no write that follows changes what it reads. Raises what made it impossible
@@ -108,19 +124,14 @@ async def cut(graph: Graph, plans: Sequence[Plan], *, timeout_s: float = DRAIN_T
         return list(chosen.values())
 
     done: list[Fleece] = []
-    bypassed: list[CopyBeforeWriteNode] = []
-    try:
-        async with graph.drained(covered, timeout_s=timeout_s):
-            try:
-                for plan in plans:
-                    done.append(_cut_one(graph, plan))  # noqa: PERF401 - if one fails, those done are taken back
-            except BaseException:
-                bypassed += [fleece.filter for fleece in reversed(done) if _uncut_drained(graph, fleece)]
-                raise
-    except BaseException:
-        for filter_node in bypassed:
-            await graph.drop_bypassed(filter_node)
-        raise
+    async with graph.drained(covered, timeout_s=timeout_s):
+        try:
+            for plan in plans:
+                done.append(_cut_one(graph, plan))  # noqa: PERF401 - if one fails, those done are taken back
+        except BaseException:
+            for fleece in reversed(done):
+                _uncut_drained(graph, fleece)
+            raise
     return done
 
 
@@ -128,7 +139,10 @@ def _cut_one(graph: Graph, plan: Plan) -> Fleece:
     _look_for_filter(graph, plan)  # the same disk may have been cut in this step under another name
     node, target = plan.node, plan.scratch.node
     if plan.share and isinstance(node, CopyBeforeWriteNode) and node.shared:
-        snapshot = node.copier.take(plan.name, plan.scratch, fresh=plan.fresh)
+        _check_cluster_size(node, plan)
+        snapshot = node.copier.take(
+            plan.name, plan.scratch, fresh=plan.fresh, on_error=plan.on_error, timeout_s=plan.timeout_s
+        )
         node.follow_scratches()
         return Fleece(node, snapshot, shared=True, hold=_hold(graph, node, plan))
     covered = graph.edges_to_cover(node, target)
@@ -140,7 +154,7 @@ def _cut_one(graph: Graph, plan: Plan) -> Fleece:
     source = Edge(node, f"node {quoted(plan.filter_name or plan.name)}", FILTER_ROLE, writable=not node.read_only)
     copier = Copier(
         source,
-        cluster_size_bytes=max(plan.cluster_size_bytes, target.limits.cluster_size_bytes),
+        cluster_size_bytes=max(plan.cluster_size_bytes or CLUSTER_SIZE_BYTES, target.limits.cluster_size_bytes),
         on_error=plan.on_error,
         timeout_s=plan.timeout_s,
     )
@@ -153,6 +167,17 @@ def _cut_one(graph: Graph, plan: Plan) -> Fleece:
     fleece = Fleece(filter_node, snapshot, shared=plan.share, hold=_hold(graph, filter_node, plan), shown_by=shown_by)
     fleece.check_reads_by(snapshot.check)  # whoever reads the past through the target hears of it if that breaks
     return fleece
+
+
+def _check_cluster_size(filter_node: CopyBeforeWriteNode, plan: Plan) -> None:
+    """Raises UsageError where the plan asks for another unit of copying than the disk's snapshots have."""
+    present = filter_node.copier.cluster_size_bytes
+    if plan.cluster_size_bytes not in (None, present):
+        raise UsageError(
+            f"cluster size {plan.cluster_size_bytes} for {quoted(plan.name)}: the snapshots of node "
+            f"{quoted(filter_node.child.node.name)} have one of {present} bytes, which all of them share until the "
+            "last is deleted; ask for that, or for none"
+        )
 
 
 def _made_of(node: Node) -> list[Node]:
@@ -194,42 +219,79 @@ def _look_for_filter(graph: Graph, plan: Plan) -> None:
             return
 
 
-def _uncut_drained(graph: Graph, fleece: Fleece) -> bool:
-    """Takes back a cut of this very step; everything is still drained, so nothing was copied.
-
-    Returns whether that took the filter out, for `Graph.drop_bypassed`.
-    """
+def _uncut_drained(graph: Graph, fleece: Fleece) -> None:
+    """Takes back a cut of this very step; everything is still drained, so nothing was copied."""
     fleece.copier.retire(fleece.snapshot)
     fleece.filter.follow_scratches()
     fleece.check_reads_by(None)
     graph.forget(fleece.hold)
-    if fleece.copier.snapshots:
-        return False
-    graph.bypass(fleece.filter)
-    return True
+    if not fleece.copier.snapshots:
+        graph.bypass(fleece.filter)
 
 
-async def uncut(graph: Graph, fleece: Fleece, *, timeout_s: float = DRAIN_TIMEOUT_S) -> None:
+async def uncut(
+    graph: Graph, fleece: Fleece, *, timeout_s: float = CUT_TIMEOUT_S, leave_timeout_s: float | None = None
+) -> None:
     """Ends a snapshot: its scratch goes as soon as nothing needs it, and the filter with its last snapshot.
 
-    Nobody may be reading the snapshot any more. The disk's requests go on throughout. Raises IoError (ETIMEDOUT) if
-    the disk does not come to rest so that the filter could be taken out; the filter then stays, idle and harmless.
+    Nobody should be reading the snapshot any more; who does gets errors. The disk's requests go on throughout. Requests
+    in flight on a scratch are waited for last, no longer than `leave_timeout_s`; then they are left to end by
+    themselves, and a warning says so. Raises IoError (ETIMEDOUT) if the disk does not come to rest in `timeout_s` so
+    that the filter could be taken out; idle and harmless, it is taken out as soon as the disk does. A caller who is
+    cancelled leaves it all to go on.
     """
-    await release_scratch(graph, fleece)
-    await graph.detach(fleece.hold)
-    filter_node = fleece.filter
-    if filter_node.copier.snapshots or filter_node not in graph.nodes():
-        return
-    async with graph.drained(lambda: graph.parents(filter_node), timeout_s=timeout_s):
-        if filter_node.copier.snapshots or filter_node not in graph.nodes():
-            return  # somebody took a snapshot, or the filter out, while we waited our turn
-        graph.bypass(filter_node)
-    await graph.drop_bypassed(filter_node)
+    await asyncio.shield(graph.keep(_uncut(graph, fleece, timeout_s, leave_timeout_s)))
+
+
+async def _uncut(graph: Graph, fleece: Fleece, timeout_s: float, leave_timeout_s: float | None) -> None:
+    leaving = _let_scratches_go(graph, fleece)
+    leaving.append(graph.let_go(fleece.hold))
+    try:
+        leaving.append(await _take_out(graph, fleece.filter, timeout_s))
+    except IoError:
+        graph.keep_trying(_take_out_later(graph, fleece.filter))
+        raise
+    if not await graph.left(leaving, timeout_s=leave_timeout_s):
+        _log.warning(
+            "requests for snapshot %s, which has ended, are still in flight after %g s; what they use is given back "
+            "once they end",
+            fleece.snapshot.name,
+            leave_timeout_s,
+        )
+
+
+async def _take_out(graph: Graph, filter_node: CopyBeforeWriteNode, timeout_s: float) -> asyncio.Task[None] | None:
+    """Takes a filter out unless it has snapshots, or is out already. Raises as `Graph.drained`."""
+    if _is_needless(graph, filter_node):
+        async with graph.drained(lambda: graph.parents(filter_node), timeout_s=timeout_s):
+            if _is_needless(graph, filter_node):  # somebody may have been quicker while we waited our turn
+                return graph.bypass(filter_node)
+    return None
+
+
+async def _take_out_later(graph: Graph, filter_node: CopyBeforeWriteNode) -> None:
+    """Tries again and again to take a filter out whose disk did not come to rest, holding guests up but little."""
+    wait_s = RETRY_S
+    while _is_needless(graph, filter_node):
+        await asyncio.sleep(wait_s)
+        wait_s = min(2 * wait_s, RETRY_MAX_S)
+        with contextlib.suppress(IoError):
+            await _take_out(graph, filter_node, RETRY_TIMEOUT_S)
+
+
+def _is_needless(graph: Graph, filter_node: CopyBeforeWriteNode) -> bool:
+    return not filter_node.copier.snapshots and filter_node in graph.nodes()
 
 
 async def release_scratch(graph: Graph, fleece: Fleece) -> None:
-    """Gives up what a snapshot holds, without touching the filter: for one that broke. Idempotent."""
+    """Gives up what a snapshot holds, without touching the filter: for one that broke. Idempotent.
+
+    Returns when the requests in flight on it have ended, which may take for ever.
+    """
+    await graph.left(_let_scratches_go(graph, fleece))
+
+
+def _let_scratches_go(graph: Graph, fleece: Fleece) -> list[asyncio.Task[None] | None]:
     idle = fleece.copier.retire(fleece.snapshot)
     fleece.filter.follow_scratches()
-    for scratch in idle:
-        await graph.drain_and_detach(scratch)
+    return [graph.let_go(scratch) for scratch in idle]

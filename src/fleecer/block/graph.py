@@ -8,7 +8,9 @@ Invariants:
   opens them: what is done inside `drained` is one instant for every request.
 - One drain at a time; those who drain wait for one another, and never while they hold a gate.
 - Of two edges to be drained, one of which serves the other's requests, the upper one comes to rest first.
-- A node is closed when nothing is in flight on its edges to its children.
+- A node is closed when nothing is in flight on its edges, to it and to its children.
+- What has to wait for requests of others, but need hold up nobody, is kept here and goes on by itself (`let_go`,
+  `keep`); `close` gives it `LEAVE_TIMEOUT_S`.
 """
 
 from __future__ import annotations
@@ -16,18 +18,25 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-from collections.abc import AsyncIterator, Callable, Collection, Iterable
+import logging
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterable
+from typing import Any
 
+from fleecer import eager
 from fleecer.block.edge import Edge
 from fleecer.block.node import Node
-from fleecer.errors import FleecerError, InUse, IoError, NotFound, PermissionConflict, UsageError, quoted
+from fleecer.errors import FleecerError, InUse, IoError, NotFound, PermissionConflict, UsageError, quoted, told
 
 DRAIN_TIMEOUT_S = 30.0
+LEAVE_TIMEOUT_S = 5.0
+"""How long somebody who ends something waits for requests that do not end: a scratch on a file server that is gone."""
 FILTER_ROLE = "filtered"
 """Role of the edge from a copy-before-write filter to its disk: whoever wants the disk must use the filter."""
 SNAPSHOT_ROLE = "snapshot"
 """Role of an edge that keeps a filter alive for a snapshot but carries no request; filters leave it alone."""
 NODES_MAX = 16384
+
+_log = logging.getLogger(__name__)
 
 
 class Graph:
@@ -38,7 +47,11 @@ class Graph:
         self._named: set[str] = set()  # kept until `remove`, edges or not
         self._edges: dict[Node, list[Edge]] = {}
         self._drain_lock = asyncio.Lock()
+        self._kept: set[asyncio.Task[None]] = set()
+        self._trying: set[asyncio.Task[None]] = set()
         self._serial = 0
+        # Called when a node gives itself up (`Node.problem`). Must not raise, wait or change the graph.
+        self.on_problem: Callable[[Node], None] | None = None
 
     # Nodes.
 
@@ -58,9 +71,14 @@ class Graph:
         """Registers an open node. With `named` it stays until `remove`; else until its last edge goes."""
         self.claim_name(node.name)
         self._nodes[node.name] = node
+        node.on_problem = self._tell_problem
         self._edges.setdefault(node, [])
         if named:
             self._named.add(node.name)
+
+    def _tell_problem(self, node: Node) -> None:
+        if self.on_problem is not None:
+            self.on_problem(node)
 
     def find(self, name: str) -> Node:
         """The node of that name. Raises NotFound."""
@@ -89,11 +107,23 @@ class Graph:
         await self._close(node)
 
     async def close(self) -> None:
-        """Closes every node, parents before children. Raises the first failure after trying all."""
+        """Closes every node, parents before children. Raises the first failure after trying all.
+
+        What was let go has `LEAVE_TIMEOUT_S` to end. A node with requests in flight even then is not closed, lest they
+        meet another file under its descriptor: it is left as it is, and a warning says so.
+        """
         failures: list[FleecerError] = []
         self._named.clear()
+        for task in self._trying:
+            task.cancel()
+        await self.left(list(self._kept), timeout_s=LEAVE_TIMEOUT_S)
         while self._nodes:
             node = self._parentless()
+            busy = next((edge for edge in self._edges.get(node, ()) if edge.busy), None)
+            if busy is not None:
+                _log.warning("node %s is not closed: %d requests of %s do not end", quoted(node.name), busy.busy, busy)
+                del self._nodes[node.name]
+                continue
             try:
                 await self._close(node)
             except FleecerError as error:
@@ -165,6 +195,46 @@ class Graph:
         edge.close_gate()
         await edge.idle()
         await self.detach(edge)
+
+    def let_go(self, edge: Edge) -> asyncio.Task[None] | None:
+        """As `drain_and_detach`, for a caller who need not wait: no new request starts from now on.
+
+        Returns None if that is done, else the task in which it goes on, kept here. A failure to close the node is
+        logged.
+        """
+        edge.close_gate()
+        task = eager.start(self._let_go(edge))
+        return None if task is None else self._keep(task)
+
+    async def _let_go(self, edge: Edge) -> None:
+        try:
+            await edge.idle()
+            await self.detach(edge)
+        except FleecerError as error:
+            _log.warning("giving up %s: %s", edge, told(error))
+
+    def keep(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
+        """Runs `work` to its end in a task of its own, whatever becomes of the caller, who may await or shield it."""
+        return self._keep(asyncio.get_running_loop().create_task(work))
+
+    def keep_trying(self, work: Coroutine[Any, Any, None]) -> None:
+        """As `keep`, for what is given up when the graph is closed."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._trying.add(task)
+        task.add_done_callback(self._trying.discard)
+
+    def _keep(self, task: asyncio.Task[None]) -> asyncio.Task[None]:
+        self._kept.add(task)
+        task.add_done_callback(self._kept.discard)
+        return task
+
+    async def left(self, leaving: Iterable[asyncio.Task[None] | None], *, timeout_s: float | None = None) -> bool:
+        """Waits for what `let_go` or `keep` returned, but no longer than `timeout_s`. Returns whether all has ended.
+
+        Being cancelled here ends none of it.
+        """
+        tasks = [task for task in leaving if task is not None and not task.done()]
+        return not tasks or not (await asyncio.wait(tasks, timeout=timeout_s))[1]
 
     def top(self, node: Node) -> Node:
         """The topmost filter that protects `node` against changes that pass it by, or `node` itself."""
@@ -262,19 +332,25 @@ class Graph:
         self._edges[node].append(below)
         self._move(moving, filter_node)
 
-    def bypass(self, filter_node: Node) -> None:
-        """Makes every drained edge to `filter_node` lead to its first child instead. `drop_bypassed` must follow."""
+    def bypass(self, filter_node: Node) -> asyncio.Task[None] | None:
+        """Makes every drained edge to `filter_node` lead to its first child instead, and closes the filter.
+
+        It is closed once its own requests have ended, such as reads of background copies: None if that is done, else
+        the task that does it, as for `let_go`.
+        """
         self._move(self.parents(filter_node), filter_node.children[0].node)
         del self._nodes[filter_node.name]
-        # Its own edge may have reads of background copies in flight still, but stands in nobody's way from now on.
+        # Its own edge stands in nobody's way from now on.
         filter_node.children[0].writable = False
         filter_node.children[0].shares_write = True
         filter_node.children[0].role = SNAPSHOT_ROLE
+        task = eager.start(self._drop_bypassed(filter_node))
+        return None if task is None else self._keep(task)
 
-    async def drop_bypassed(self, filter_node: Node) -> None:
-        """Closes a filter that `bypass` took out, once its own requests have ended."""
+    async def _drop_bypassed(self, filter_node: Node) -> None:
         for edge in filter_node.children:
-            await self.drain_and_detach(edge)
+            edge.close_gate()
+            await self._let_go(edge)
         filter_node.children = ()
         self._edges.pop(filter_node, None)
         await filter_node.close()

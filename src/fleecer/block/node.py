@@ -65,12 +65,23 @@ class Limits:
     reads_zero_when_new: bool = False
 
 
+class Problem(NamedTuple):
+    """Why a node was given up: from then on it refuses to write or flush, until it is opened anew.
+
+    `corrupt` says that the image contradicts itself; `span` is the offset and length of what was met, where known.
+    """
+
+    message: str
+    corrupt: bool = False
+    span: tuple[int, int] | None = None
+
+
 class Node(abc.ABC):
     """One node. Subclasses set `size`, `limits`, `read_only` and `children` before anything is attached to them."""
 
     driver: ClassVar[str] = ""
 
-    __slots__ = ("check", "children", "limits", "name", "padding", "read_only", "size")
+    __slots__ = ("check", "children", "limits", "name", "on_problem", "padding", "problem", "read_only", "size")
 
     def __init__(self, name: str, size: int, *, limits: Limits, read_only: bool = False) -> None:
         self.name = name
@@ -81,6 +92,9 @@ class Node(abc.ABC):
         # Called by the edge after each read or status, before its outcome is used: raises once what is read through
         # this node has become untrue (a fleecing target whose snapshot broke).
         self.check: Callable[[], None] | None = None
+        self.problem: Problem | None = None
+        # Called once, when `problem` is set while the node is in use. Must not raise, wait or call back (graph.py).
+        self.on_problem: Callable[[Node], None] | None = None
         # Claims for read-modify-write, shared by all edges to this node (edge.py); only where padding is needed.
         self.padding = InFlight() if limits.request_alignment_bytes > 1 else None
 
@@ -119,6 +133,13 @@ class Node(abc.ABC):
         The answer may stop early; ask again from there. ZERO is said only where reads return zeroes; neighbours of
         equal kind are merged.
         """
+
+    def give_up(self, problem: Problem) -> None:
+        """Notes why the node refuses work from now on, and tells whoever wants to know. Only the first time counts."""
+        if self.problem is None:
+            self.problem = problem
+            if self.on_problem is not None:
+                self.on_problem(self)
 
     async def close(self) -> None:
         """Flushes nothing, waits for nothing in flight (the edges did), gives descriptors and locks back."""

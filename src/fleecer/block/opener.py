@@ -26,6 +26,7 @@ from fleecer.block.nodes.copy_before_write import CopyBeforeWriteNode
 from fleecer.block.nodes.delay import DelayNode
 from fleecer.block.nodes.fault import FaultNode, Operation
 from fleecer.block.nodes.file import FileNode
+from fleecer.block.nodes.filter import FilterNode
 from fleecer.block.nodes.log import LogNode
 from fleecer.block.nodes.nbd import NbdNode
 from fleecer.block.nodes.null import NullNode
@@ -33,7 +34,16 @@ from fleecer.block.nodes.qcow2 import open_qcow2, read_header
 from fleecer.block.nodes.raw import RawNode
 from fleecer.block.nodes.snapshot_access import SnapshotAccessNode
 from fleecer.block.nodes.throttle import ThrottleNode
-from fleecer.errors import CorruptImage, FleecerError, GraphError, UnsupportedFormat, UsageError, quoted
+from fleecer.errors import (
+    CannotOpen,
+    CorruptImage,
+    FleecerError,
+    GraphError,
+    PermissionConflict,
+    UnsupportedFormat,
+    UsageError,
+    quoted,
+)
 from fleecer.net.listen import parse_port
 from fleecer.net.nbd_client import NbdClient
 from fleecer.net.stream import connect_tcp, connect_unix
@@ -90,7 +100,7 @@ class Opener:
     ) -> Node:
         match options:
             case opt.FileOptions():
-                return await _file(name, options)
+                return await self._file(name, options)
             case opt.NullOptions():
                 return NullNode(name, options.size, read_zeroes=options.read_zeroes)
             case opt.NbdOptions():
@@ -161,19 +171,27 @@ class Opener:
         file = await self._child(
             name, "file", options.file, edges, writable=writable, shares_write=False, may_grow=writable
         )
-        header = await read_header(file, _image_name(file.node))
+        _check_growth(name, file)
+        path = _image_name(file.node)
+        header = await read_header(file, path)
         backing = options.backing
         if backing is msgspec.UNSET and header.backing_file is not None:
             backing, chain = self._named_backing(name, file, header, chain)
         edge = None
         if backing is not None and backing is not msgspec.UNSET:
-            edge = await self._child(name, "backing", backing, edges, writable=False, chain=chain)
+            try:
+                edge = await self._child(name, "backing", backing, edges, writable=False, chain=chain)
+            except CannotOpen as error:
+                if options.backing is not msgspec.UNSET or error.needed_by:
+                    raise
+                raise CannotOpen(error.errno, error.node, error.why, needed_by=path) from error
         return await open_qcow2(
             file,
             name=name,
             header=header,
             backing=edge,
             read_only=options.read_only,
+            path=path,
             discard_freed=options.discard == "unmap",
         )
 
@@ -193,7 +211,8 @@ class Opener:
             raise UnsupportedFormat(path, f"its backing chain is longer than {CHAIN_MAX} images, which is the limit")
         if recorded is None:
             problem = f"its backing file {quoted(named)} has no recorded format, and guessing is not safe"
-            raise UnsupportedFormat(path, f"{problem}; record it with: qemu-img rebase -u -b {quoted(named)} -F FORMAT")
+            hint = f"record it with: qemu-img rebase -u -b {quoted(named)} -F FORMAT {quoted(path)}"
+            raise UnsupportedFormat(path, f"{problem}; {hint}")
         found = resolve_backing(path, named, self._allow_backing)
         if file_identity(found) in chain:
             raise CorruptImage(
@@ -207,6 +226,32 @@ class Opener:
         raise UnsupportedFormat(
             path, f"its backing file {quoted(named)} has format {quoted(recorded)}; raw and qcow2 are known"
         )
+
+    async def _file(self, name: str, options: opt.FileOptions) -> FileNode:
+        try:
+            storage = await open_file(options.filename, read_only=options.read_only, locking=options.locking != "off")
+        except PermissionConflict:
+            holder = self._holder(file_identity(options.filename))
+            if holder is None:
+                raise
+            raise PermissionConflict(
+                f"image {quoted(options.filename)} is open in this daemon already, as node {quoted(holder)}; "
+                "use that node, or close it first"
+            ) from None
+        try:
+            return FileNode(name, storage)
+        except FleecerError:
+            await storage.close()
+            raise
+
+    def _holder(self, identity: tuple[int, int] | None) -> str | None:
+        """The node that has a file open, by the nearest name above that a user gave; None if none has."""
+        nodes = self._graph.nodes()
+        node: Node | None = next((n for n in nodes if isinstance(n, FileNode) and n.storage.identity == identity), None)
+        while node is not None and node.name.startswith("#"):
+            below = node
+            node = next((n for n in nodes if any(edge.node is below for edge in n.children)), None)
+        return None if node is None else node.name
 
     async def _copy_before_write(self, name: str, options: opt.CopyBeforeWriteOptions, edges: list[Edge]) -> Node:
         source = await self._child(name, FILTER_ROLE, options.file, edges, writable=True, shares_write=False)
@@ -236,18 +281,21 @@ class Opener:
         )
 
 
+def _check_growth(name: str, file: Edge) -> None:
+    """Raises PermissionConflict where a format is to grow its file through a filter that keeps the file's past."""
+    node = file.node
+    while file.may_grow and node.limits.growable and isinstance(node, FilterNode):
+        if isinstance(node, CopyBeforeWriteNode):
+            raise PermissionConflict(
+                f"node {quoted(name)} makes its file grow, and copy-before-write node {quoted(node.name)} keeps the "
+                "past of one that does not; put that filter above this node, or open this one read-only"
+            )
+        node = node.child.node
+
+
 def _image_name(node: Node) -> str:
     """What the user calls the image in a protocol node."""
     return node.storage.name if isinstance(node, FileNode) else node.name
-
-
-async def _file(name: str, options: opt.FileOptions) -> FileNode:
-    storage = await open_file(options.filename, read_only=options.read_only, locking=options.locking != "off")
-    try:
-        return FileNode(name, storage)
-    except FleecerError:
-        await storage.close()
-        raise
 
 
 async def _connect(options: opt.NbdOptions) -> NbdClient:

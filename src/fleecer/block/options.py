@@ -12,10 +12,14 @@ import msgspec
 
 from fleecer.block.copier import TIMEOUT_S, OnError
 from fleecer.block.nodes.fault import Operation
+from fleecer.block.schema import explain
 from fleecer.errors import UsageError
 
 Size = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 Amount = Annotated[float, msgspec.Meta(ge=0)]
+SECONDS_MAX = 86400
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=SECONDS_MAX)]
+"""A time-out, at most a day; 0 for none."""
 
 
 class _Options(
@@ -92,7 +96,7 @@ class CopyBeforeWriteOptions(_Options, tag="copy-before-write"):
     file: Child
     target: Child
     on_cbw_error: OnError = "break-snapshot"
-    cbw_timeout: Amount = TIMEOUT_S
+    cbw_timeout: Seconds = TIMEOUT_S
     min_cluster_size: Size = 0
 
 
@@ -171,5 +175,5 @@ def parse_options(value: object) -> BlockdevOptions:
     try:
         options: BlockdevOptions = msgspec.convert(value, type=BlockdevOptions)
     except msgspec.ValidationError as error:
-        raise UsageError(f"block device options: {error}") from None
+        raise UsageError(f"block device options: {explain(error, BlockdevOptions, value)}") from None
     return options

@@ -19,23 +19,26 @@ def nbd_socket(client: QmpClient) -> str:
     raise UsageError(f"the daemon at {quoted(client.path)} serves NBD at no unix socket; start one: nbd-server-start")
 
 
-def export_uri(addresses: list[Record], export: str) -> str | None:
-    """The URI of an export at the addresses that query-nbd-server told, a unix socket first; None if there are none."""
-    for address in addresses:
-        if address["type"] == "unix":
-            return unix_uri(address["path"], export)
-    for address in addresses:
-        return tcp_uri(address["host"], int(address["port"]), export)
-    return None
+def export_uris(addresses: list[Record], export: str) -> list[str]:
+    """The URIs of an export at the addresses that query-nbd-server told, those of unix sockets first."""
+    local = [unix_uri(one["path"], export) for one in addresses if one["type"] == "unix"]
+    return local + [tcp_uri(one["host"], int(one["port"]), export) for one in addresses if one["type"] != "unix"]
+
+
+def located(addresses: list[Record], export: str) -> Record:
+    """Where an export is, as --json shows it: {"uri", "uris"}, the first one and all; null and [] if it is nowhere."""
+    uris = export_uris(addresses, export)
+    return {"uri": uris[0] if uris else None, "uris": uris}
 
 
 def snapshot_record(taken: Record, addresses: list[Record], *, detailed: bool = False) -> Record:
-    """A snapshot as --json shows it: {"name", "created", "disks": [{"name", "size", "uri"}]}.
+    """A snapshot as --json shows it: {"name", "created", "disks": [{"name", "size", "uri", "uris"}]}.
 
     In detail each disk also has {"bytes_preserved", "state", "cause"}, the last one if it is broken.
     """
     parts = [
-        {"name": part["name"], "size": part["size"], "uri": export_uri(addresses, part["export"])}
+        {"name": part["name"], "size": part["size"]}
+        | located(addresses, part["export"])
         | (_condition(part) if detailed else {})
         for part in taken["disks"]
     ]
@@ -44,8 +47,13 @@ def snapshot_record(taken: Record, addresses: list[Record], *, detailed: bool = 
 
 def part_record(taken: Record, part: Record, addresses: list[Record]) -> Record:
     """A snapshot as one of its disks shows it in --json."""
-    head = {"name": taken["name"], "created": taken["created"], "uri": export_uri(addresses, part["export"])}
-    return head | _condition(part)
+    head = {"name": taken["name"], "created": taken["created"]}
+    return head | located(addresses, part["export"]) | _condition(part)
+
+
+def state_of(part: Record) -> str:
+    """A disk's part of a snapshot in a table: "active", or "broken: CAUSE"."""
+    return f"{part['state']}: {part['cause']}" if "cause" in part else str(part["state"])
 
 
 def _condition(part: Record) -> Record:

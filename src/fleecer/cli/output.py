@@ -24,8 +24,12 @@ def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def age(created: str, now: datetime.datetime) -> str:
-    """How long ago a moment in ISO 8601 was, in its two largest units: "3 d 4 h", "12 s"."""
-    seconds = max(0, int((now - datetime.datetime.fromisoformat(created)).total_seconds()))
+    """How long ago a moment in ISO 8601 was."""
+    return duration(max(0, int((now - datetime.datetime.fromisoformat(created)).total_seconds())))
+
+
+def duration(seconds: int) -> str:
+    """A time in its two largest units: "3 d 4 h", "12 s"."""
     parts: list[str] = []
     for unit, length in (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)):
         count, seconds = divmod(seconds, length)

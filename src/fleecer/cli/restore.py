@@ -6,28 +6,40 @@ from typing import Any, Literal
 
 import click
 
-from fleecer.cli.options import json_option
+from fleecer.cli.options import json_option, not_empty
 from fleecer.cli.output import print_json
 from fleecer.cli.progress import Meter
 from fleecer.units import format_size
 
 
 @click.command(short_help="Write an image out of a backup, and verify it.")
-@click.argument("backup", metavar="BACKUP")
-@click.argument("target", metavar="TARGET")
+@click.argument("backup", callback=not_empty, metavar="BACKUP")
+@click.argument("target", callback=not_empty, metavar="TARGET")
 @click.option(
     "--format",
     "target_format",
     type=click.Choice(["raw", "qcow2"]),
     help="TARGET's format; without it its ending tells: .qcow2 .raw .img",
 )
+@click.option(
+    "--backup-format",
+    type=click.Choice(["raw", "qcow2"]),
+    help="BACKUP's format; without it its ending tells.",
+)
 @click.option("--force", is_flag=True, help="Replace an existing file, or overwrite a block device.")
-@click.option("--allow-backing", multiple=True, metavar="DIR", help="Let BACKUP's backing files be in DIR too.")
+@click.option(
+    "--allow-backing",
+    callback=not_empty,
+    multiple=True,
+    metavar="DIR",
+    help="Let BACKUP's backing files be in DIR too.",
+)
 @json_option
 def restore(
     backup: str,
     target: str,
     target_format: Literal["raw", "qcow2"] | None,
+    backup_format: Literal["raw", "qcow2"] | None,
     force: bool,
     allow_backing: tuple[str, ...],
     as_json: bool,
@@ -48,7 +60,13 @@ def restore(
             meter.show(target, phase, amount)
 
         work = images.restore(
-            backup, target, format=target_format, force=force, allow_backing=allow_backing, report=report
+            backup,
+            target,
+            format=target_format,
+            backup_format=backup_format,
+            force=force,
+            allow_backing=allow_backing,
+            report=report,
         )
         done = runner.run(work)
     if as_json:

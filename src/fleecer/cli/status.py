@@ -21,7 +21,9 @@ SAMPLE_S = 0.5
 @json_option
 @daemon_options
 def status(as_json: bool, run_dir: str | None, qmp: str | None) -> None:
-    """Show the disks that are served, their clients, what they read and write a second, and the snapshots.
+    """Show the disks that are served, their clients, what they read and write a second, the snapshots, and all URIs.
+
+    PRESERVED is old data that a snapshot itself keeps; see fleecer snapshot list --help.
 
     \b
     fleecer status
@@ -47,7 +49,7 @@ def _records(client: QmpClient) -> list[dict[str, Any]]:
             "name": disk["name"],
             "size": disk["size"],
             "format": disk["format"],
-            "uri": disks.export_uri(addresses, disk["name"]),
+            **disks.located(addresses, disk["name"]),
             "snapshots": [
                 disks.part_record(taken, part, addresses)
                 for taken in snapshots
@@ -66,7 +68,9 @@ def _exports(client: QmpClient) -> list[dict[str, Any]]:
     for export in client.execute("query-block-exports"):
         node = nodes[export["node-name"]]
         size = node["image"]["virtual-size"]
-        records.append({"name": export["id"], "size": size, "format": node["drv"], "uri": None, "snapshots": []})
+        records.append(
+            {"name": export["id"], "size": size, "format": node["drv"], "uri": None, "uris": [], "snapshots": []}
+        )
     return records
 
 
@@ -102,9 +106,15 @@ def _show(client: QmpClient) -> None:
                     part["name"],
                     age(taken["created"], now),
                     format_size(part["bytes-preserved"]),
-                    part["state"],
+                    disks.state_of(part),
                 )
                 for taken in found
                 for part in taken["disks"]
             ],
         )
+    addresses = client.execute("query-nbd-server")
+    exports = [disk["name"] for disk in after] + [part["export"] for taken in found for part in taken["disks"]]
+    located = [(export, uri) for export in exports for uri in disks.export_uris(addresses, export)]
+    if located:
+        click.echo()
+        print_table(("EXPORT", "URI"), located)

@@ -41,4 +41,4 @@ def storage_daemon(options: tuple[str, ...]) -> None:
     except UsageError as error:
         raise click.UsageError(str(error)) from None
     app.log_to_stderr()
-    runner.run(daemon.run(given))
+    runner.run(daemon.run(given), ends_in_order=True)

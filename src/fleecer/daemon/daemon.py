@@ -3,21 +3,25 @@
 This is also the programming interface of `import fleecer`: everything a monitor can do is a method here or on a part.
 
 Invariants: on return of `close` every request that was in flight has ended, all that was written is durable, and no
-descriptor, lock, task or socket is left. What fails leaves the daemon as it was.
+descriptor, lock, task or socket is left; except for scratches and backup targets that do not answer, which a warning
+names. What fails leaves the daemon as it was.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import types
 from collections.abc import Awaitable, Mapping, Sequence
 from typing import Literal, Self
 
+from fleecer import eager
 from fleecer.block import options as opt
-from fleecer.block.graph import Graph
+from fleecer.block.graph import LEAVE_TIMEOUT_S, Graph
 from fleecer.block.node import Node
 from fleecer.block.opener import Opener
 from fleecer.daemon.events import Events
+from fleecer.daemon.problems import Problems
 from fleecer.daemon.snapshots import Snapshots
 from fleecer.errors import FleecerError, InUse, UsageError, quoted
 from fleecer.export import Export, Server
@@ -29,14 +33,17 @@ ENDINGS: dict[str, Format] = {".qcow2": "qcow2", ".raw": "raw", ".img": "raw"}
 """Endings of file names that tell the format."""
 
 
-def format_of(path: str) -> Format:
-    """The format that an image's ending tells. Raises UsageError where it tells none; contents are never looked at."""
+def format_of(path: str, *, option: str = "--format") -> Format:
+    """The format that an image's ending tells; contents are never looked at.
+
+    Raises UsageError where it tells none, with the `option` that would.
+    """
     try:
         return ENDINGS[os.path.splitext(path)[1].lower()]
     except KeyError:
         raise UsageError(
             f"image {quoted(path)}: format not given, and its ending tells none; refusing to guess, because a guest "
-            "can forge a header. Use --format raw or --format qcow2"
+            f"can forge a header. Use {option} raw or {option} qcow2"
         ) from None
 
 
@@ -53,6 +60,7 @@ class Daemon:
         self.server = Server(raise_internal_errors=raise_internal_errors)
         self.jobs = JobTable()
         self.snapshots = Snapshots(self)
+        self.problems = Problems(self)
 
     async def __aenter__(self) -> Self:
         return self
@@ -112,6 +120,7 @@ class Daemon:
         except FleecerError:
             self.graph.forget(edge)
             raise
+        self.problems.watch(export)
         return export
 
     async def remove_export(self, export_id: str, *, hard: bool = False) -> None:
@@ -126,6 +135,7 @@ class Daemon:
             if export.edge.writable:
                 await export.edge.flush()
         finally:
+            self.problems.forget(export)
             await self.graph.drain_and_detach(export.edge)
             self.events.announce("BLOCK_EXPORT_DELETED", {"id": export_id})
 
@@ -136,10 +146,11 @@ class Daemon:
     async def close(self) -> None:
         """Refuses new requests, ends those in flight, ends jobs and snapshots, flushes and closes every node.
 
-        Raises the first failure after all has been tried.
+        A disk's requests are waited for whatever they take; those of scratches and backup targets, and of whoever reads
+        them, within bounds. Raises the first failure after all has been tried.
         """
         failures: list[FleecerError] = []
-        await self.server.stop()
+        stopping = await self._stop_serving()
         exports = [export.export_id for export in self.disks()]
         steps: list[Awaitable[None]] = [
             self.jobs.cancel_all(),
@@ -153,14 +164,28 @@ class Daemon:
                 await step
             except FleecerError as error:
                 failures.append(error)
+        await self.graph.left([stopping], timeout_s=LEAVE_TIMEOUT_S)
         if failures:
             raise failures[0]
 
+    async def _stop_serving(self) -> asyncio.Task[None] | None:
+        """Takes no new client and no new request. Returns once the disks' have ended, with what waits for all others.
+
+        A reader of a snapshot may never end, where the scratch does not answer: to end the snapshot cuts it off.
+        """
+        stopping = eager.start(self.server.stop())
+        clients = [client for client in self.server.clients() if client.export is None or not client.export.snapshot_of]
+        await asyncio.gather(*(client.stop() for client in clients))
+        return stopping
+
     async def _flush_all(self) -> None:
-        """Flushes every node, also those written to otherwise than by an export. Raises the first failure."""
+        """Flushes every node, also those written to otherwise than by an export. Raises the first failure.
+
+        What still has requests in flight is a scratch or target that does not answer: to flush it would not end.
+        """
         failures: list[FleecerError] = []
         for node in self.graph.nodes():
-            if not node.read_only:
+            if not node.read_only and not any(edge.busy for edge in self.graph.parents(node)):
                 try:
                     await node.flush()
                 except FleecerError as error:

@@ -4,8 +4,14 @@ A snapshot keeps its old data in one unlinked file per disk, beside the image or
 leaves nothing behind. A disk's snapshots share one filter and one copy of what is overwritten.
 
 Invariants:
-- Making and deleting are done one at a time. What fails half-way is undone before the error is raised.
+- A snapshot is there whole or not at all. What fails half-way, or is cancelled, is undone; nothing is awaited between
+  the cut and the moment when it is there. Once begun, an end goes on, also if whoever asked for it is gone.
+- Makers and enders wait for nobody but the graph's drains, which are bounded: a scratch or a reader that never answers
+  holds up no other snapshot. What has to wait for such is done in tasks of its own, and given up by nobody.
+- A name is taken from the moment it is asked for until the last export under it is gone.
 - The moment told as `created` is read in the step that makes the cut.
+- Readers' requests in flight end before their snapshot does, if they do within `READERS_TIMEOUT_S`; else they get
+  errors.
 - A snapshot that breaks gives its scratch back at once, keeps its cause for whoever asks, and is announced.
 """
 
@@ -14,20 +20,22 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import datetime
+import errno
 import logging
 import os
 import re
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Coroutine, Sequence
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from fleecer.block.copier import CLUSTER_SIZE_BYTES, TIMEOUT_S, OnError, Snapshot
-from fleecer.block.fleecing import Fleece, Plan, cut, release_scratch, uncut
-from fleecer.block.graph import DRAIN_TIMEOUT_S, SNAPSHOT_ROLE
+from fleecer.block.copier import TIMEOUT_S, OnError, Snapshot
+from fleecer.block.fleecing import CUT_TIMEOUT_S, Fleece, Plan, cut, release_scratch, uncut
+from fleecer.block.graph import LEAVE_TIMEOUT_S, SNAPSHOT_ROLE
 from fleecer.block.node import Node
 from fleecer.block.nodes.file import FileNode
 from fleecer.block.nodes.snapshot_access import SnapshotAccessNode
-from fleecer.errors import FleecerError, NotFound, UsageError, quoted, told
+from fleecer.errors import FleecerError, IoError, NotFound, UsageError, quoted
 from fleecer.export import Export
+from fleecer.storage.api import Storage
 from fleecer.storage.file import open_unlinked
 
 if TYPE_CHECKING:
@@ -36,6 +44,11 @@ if TYPE_CHECKING:
 
 PRESERVED_CONTEXT = "fleecer:preserved"
 """Metadata context of a snapshot's export: flag 1 where the old data is in its scratch, 0 where still on the disk."""
+
+READERS_TIMEOUT_S = 10.0
+"""How long the end of a snapshot waits for its readers' requests in flight, and that of the daemon for its makers."""
+
+T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
 
@@ -79,8 +92,11 @@ class Snapshots:
     def __init__(self, daemon: Daemon) -> None:
         self._daemon = daemon
         self._sets: dict[str, SnapshotSet] = {}
-        self._changing = asyncio.Lock()
-        self._releasing: set[asyncio.Task[None]] = set()
+        self._names: set[str] = set()  # also those of snapshots being made, or being ended
+        self._making: set[asyncio.Future[None]] = set()
+        self._ending: set[asyncio.Task[None]] = set()
+        self._kept: set[asyncio.Task[Any]] = set()
+        self._refusing = False
 
     def sets(self) -> list[SnapshotSet]:
         """Every snapshot, oldest first."""
@@ -101,96 +117,132 @@ class Snapshots:
         scratch_directory: str | None = None,
         on_error: OnError = "break-snapshot",
         copy_timeout_s: float = TIMEOUT_S,
-        drain_timeout_s: float = DRAIN_TIMEOUT_S,
-        cluster_size_bytes: int = CLUSTER_SIZE_BYTES,
+        drain_timeout_s: float = CUT_TIMEOUT_S,
+        cluster_size_bytes: int | None = None,
     ) -> SnapshotSet:
         """Cuts the disks named (default: all that are served) at one instant, and exports each.
 
-        Raises before anything is changed, or after undoing it: NotFound or UsageError for names, IoError where a
-        scratch cannot be made or a disk does not come to rest in `drain_timeout_s`.
+        `on_error` and `copy_timeout_s` are this snapshot's own; the unit of copying is shared by all of a disk. While
+        the disks come to rest, their requests wait behind the slowest in flight, `drain_timeout_s` at most.
+
+        Raises before anything is changed, or after undoing it: NotFound or UsageError for names or a cluster size,
+        IoError where a scratch cannot be made or a disk does not come to rest. Being cancelled undoes it too.
         """
-        async with self._changing:
-            name = self._free_name(name)
-            exports = self._disks(disks)
-            scratches: list[Edge] = []
-            try:
-                for export in exports:
-                    scratch = await self._scratch(export, name, scratch_directory)
-                    scratches.append(scratch)
-                plans = [
-                    Plan(
-                        export.edge.node,
-                        scratch,
-                        f"{export.name}@{name}",
-                        fresh=True,
-                        share=True,
-                        on_error=on_error,
-                        timeout_s=copy_timeout_s,
-                        cluster_size_bytes=cluster_size_bytes,
-                    )
-                    for export, scratch in zip(exports, scratches, strict=True)
-                ]
-                fleeces = await cut(self._daemon.graph, plans, timeout_s=drain_timeout_s)
-            except BaseException:
-                for scratch in scratches:
-                    await self._daemon.graph.detach(scratch)
-                raise
-            created = datetime.datetime.now(datetime.UTC)
-            taken = SnapshotSet(name, created, [])
-            try:
-                for export, fleece in zip(exports, fleeces, strict=True):
-                    taken.parts.append(await self._publish(export, name, fleece))
-            except BaseException:
-                for part in taken.parts:
-                    await self._withdraw(part)
-                for fleece in fleeces[len(taken.parts) :]:
-                    await uncut(self._daemon.graph, fleece)
-                raise
+        name = self._free_name(name)
+        exports = self._disks(disks)
+        self._names.add(name)
+        made = asyncio.get_running_loop().create_future()
+        self._making.add(made)
+        scratches: list[Edge] = []
+        try:
+            for export in exports:
+                scratches.append(await self._scratch(export, name, scratch_directory))  # noqa: PERF401 - see finally
+            plans = [
+                Plan(
+                    export.edge.node,
+                    scratch,
+                    f"{export.name}@{name}",
+                    fresh=True,
+                    share=True,
+                    on_error=on_error,
+                    timeout_s=copy_timeout_s,
+                    cluster_size_bytes=cluster_size_bytes,
+                )
+                for export, scratch in zip(exports, scratches, strict=True)
+            ]
+            fleeces = await self._cut(plans, drain_timeout_s)
+            scratches.clear()
+            # Nothing is awaited from here on, unless it fails.
+            taken = SnapshotSet(name, datetime.datetime.now(datetime.UTC), [])
+            await self._publish_all(taken, exports, fleeces)
             self._sets[name] = taken
+        finally:
+            for scratch in scratches:
+                self._daemon.graph.let_go(scratch)
+            if name not in self._sets:
+                self._names.discard(name)
+            self._making.discard(made)
+            made.set_result(None)
         return taken
+
+    async def _cut(self, plans: list[Plan], timeout_s: float) -> list[Fleece]:
+        try:
+            return await cut(self._daemon.graph, plans, timeout_s=timeout_s)
+        except IoError as error:
+            if error.errno != errno.ETIMEDOUT:
+                raise
+            detail = f"{error.detail}, so no snapshot was taken; try again, or allow it more by drain-timeout"
+            raise IoError(error.errno, error.node, error.operation, detail=detail) from error
+
+    async def _publish_all(self, taken: SnapshotSet, exports: list[Export], fleeces: list[Fleece]) -> None:
+        """Makes the parts of a snapshot. Takes the whole cut back if one cannot be; only then it waits."""
+        try:
+            if self._refusing:
+                raise UsageError("the daemon is shutting down; no snapshot is taken any more")
+            for export, fleece in zip(exports, fleeces, strict=True):
+                taken.parts.append(self._publish(export, taken.name, fleece))
+        except FleecerError:
+            rest = fleeces[len(taken.parts) :]
+            ends = [self._keep(self._withdraw(part)) for part in taken.parts]
+            ends += [self._keep(uncut(self._daemon.graph, one, leave_timeout_s=LEAVE_TIMEOUT_S)) for one in rest]
+            await asyncio.shield(asyncio.gather(*ends, return_exceptions=True))
+            raise
 
     async def delete(self, name: str) -> None:
         """Ends a snapshot: its readers' requests in flight end, they are cut off, its scratch is given back.
 
-        Raises NotFound, or what kept a filter in place (the snapshot is gone all the same).
+        Raises NotFound, or what kept a filter in place (the snapshot is gone all the same). A scratch or a reader that
+        does not answer is waited for within bounds; see `READERS_TIMEOUT_S` and `fleecing.uncut`.
         """
-        async with self._changing:
-            await self._delete(self.find(name))
+        await asyncio.shield(self._end(self.find(name)))
 
     async def delete_all(self) -> None:
         """Ends every snapshot, also one being made, and gives the scratches of broken ones back: for shutting down.
 
-        Raises the first failure after all has been tried.
+        Raises the first failure after all has been tried. What does not answer is waited for within bounds.
         """
-        failure: FleecerError | None = None
-        async with self._changing:
-            for taken in self.sets():
-                try:
-                    await self._delete(taken)
-                except FleecerError as error:
-                    failure = failure or error
-        await asyncio.gather(*self._releasing)
-        if failure is not None:
-            raise failure
+        if self._making:
+            await asyncio.wait(self._making, timeout=READERS_TIMEOUT_S)
+        self._refusing = True
+        under_way = list(self._ending)
+        ends = [self._end(taken) for taken in self.sets()]
+        outcomes = await asyncio.gather(*ends, return_exceptions=True)
+        await asyncio.gather(*under_way, return_exceptions=True)  # whoever asked for those hears of them
+        if self._kept:
+            await asyncio.wait(self._kept, timeout=LEAVE_TIMEOUT_S)
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
 
-    async def _delete(self, taken: SnapshotSet) -> None:
+    def _end(self, taken: SnapshotSet) -> asyncio.Task[None]:
         del self._sets[taken.name]
-        failure: FleecerError | None = None
-        for part in taken.parts:
-            try:
-                await self._withdraw(part)
-            except FleecerError as error:
-                failure = failure or error
+        task = self._keep(self._withdraw_all(taken))
+        self._ending.add(task)
+        task.add_done_callback(self._ending.discard)
+        return task
+
+    async def _withdraw_all(self, taken: SnapshotSet) -> None:
+        ends = [self._keep(self._withdraw(part)) for part in taken.parts]
+        outcomes = await asyncio.gather(*ends, return_exceptions=True)
+        self._names.discard(taken.name)
         self._daemon.events.announce("SNAPSHOT_DELETED", {"name": taken.name})
-        if failure is not None:
-            raise failure
+        for outcome in outcomes:
+            if isinstance(outcome, BaseException):
+                raise outcome
+
+    def _keep(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Runs `work` in a task of its own, which ends whatever becomes of the caller."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._kept.add(task)
+        task.add_done_callback(self._kept.discard)
+        return task
 
     def _free_name(self, name: str | None) -> str:
         if name is None:
             stem = datetime.datetime.now(datetime.UTC).strftime("%Y%m%dT%H%M%SZ")
             serial = 1
             name = stem
-            while name in self._sets:
+            while name in self._names:
                 serial += 1
                 name = f"{stem}-{serial}"
         if not _NAME.fullmatch(name):
@@ -198,7 +250,7 @@ class Snapshots:
                 f"snapshot name {quoted(name)} must be up to 128 letters, digits and . _ : + -, and begin "
                 "with a letter or digit"
             )
-        if name in self._sets:
+        if name in self._names:
             raise UsageError(f"snapshot name {quoted(name)} is taken; delete that one or choose another")
         return name
 
@@ -214,20 +266,29 @@ class Snapshots:
 
     async def _scratch(self, export: Export, snapshot: str, directory: str | None) -> Edge:
         node = export.edge.node
-        storage = await open_unlinked(directory or _image_directory(export.name, node))
+        opening = self._keep(_open_scratch(directory or _image_directory(export.name, node), node.size))
+        try:
+            storage = await asyncio.shield(opening)
+        except asyncio.CancelledError:
+            opening.add_done_callback(self._close_unwanted)
+            raise
         graph = self._daemon.graph
         try:
-            await storage.truncate(node.size)
             scratch = FileNode(graph.fresh_name(), storage)
             graph.add(scratch, named=False)
         except BaseException:
-            await storage.close()
+            self._close_unwanted(opening)
             raise
         return graph.attach(scratch, f"snapshot {quoted(snapshot)} of {export.name}", "scratch", writable=True)
 
-    async def _publish(self, disk: Export, name: str, fleece: Fleece) -> SnapshotPart:
+    def _close_unwanted(self, opening: asyncio.Task[Storage]) -> None:
+        if opening.exception() is None:
+            self._keep(opening.result().close())
+
+    def _publish(self, disk: Export, name: str, fleece: Fleece) -> SnapshotPart:
         graph, server = self._daemon.graph, self._daemon.server
         label = f"{disk.name}@{name}"
+        server.check_free(label, label)
         filter_edge = graph.attach(fleece.filter, f"snapshot {quoted(label)}", SNAPSHOT_ROLE)
         access = SnapshotAccessNode(graph.fresh_name(), filter_edge, fleece.copier, fleece.snapshot)
         graph.add(access, named=False)
@@ -243,30 +304,40 @@ class Snapshots:
         try:
             server.add(export)
         except FleecerError:
-            await graph.detach(edge)  # and with it what it led to
+            graph.let_go(edge)  # and with it what it led to
             raise
         part = SnapshotPart(disk.name, access.size, fleece, access, export)
         fleece.snapshot.on_broken = lambda snapshot: self._broken(name, part, snapshot)
         return part
 
     async def _withdraw(self, part: SnapshotPart) -> None:
+        """Ends one disk's part: first its readers, then the snapshot, last what was used for it."""
+        graph, name = self._daemon.graph, part.export.name
         part.fleece.snapshot.on_broken = None
-        await self._daemon.server.remove(part.export.export_id, hard=True)
-        await self._daemon.graph.drain_and_detach(part.export.edge)
-        await uncut(self._daemon.graph, part.fleece)
+        cutting_off = self._keep(self._cut_off(part.export))
+        if not await graph.left([cutting_off], timeout_s=READERS_TIMEOUT_S):
+            _log.warning("snapshot %s ends while its readers wait: they get errors", name)
+        reading = graph.let_go(part.export.edge)
+        await uncut(graph, part.fleece, leave_timeout_s=LEAVE_TIMEOUT_S)
+        await graph.left([reading], timeout_s=LEAVE_TIMEOUT_S)
+
+    async def _cut_off(self, export: Export) -> None:
+        await self._daemon.server.remove(export.export_id, hard=True)
 
     def _broken(self, name: str, part: SnapshotPart, snapshot: Snapshot) -> None:
         _log.warning("snapshot %s is broken: %s", part.export.name, part.cause)
         self._daemon.events.announce("SNAPSHOT_BROKEN", {"name": name, "disk": part.disk, "cause": part.cause})
-        task = asyncio.get_running_loop().create_task(self._release(part))
-        self._releasing.add(task)
-        task.add_done_callback(self._releasing.discard)
+        self._keep(release_scratch(self._daemon.graph, part.fleece))
 
-    async def _release(self, part: SnapshotPart) -> None:
-        try:
-            await release_scratch(self._daemon.graph, part.fleece)
-        except FleecerError as error:
-            _log.warning("giving back the scratch of snapshot %s: %s", part.export.name, told(error))
+
+async def _open_scratch(directory: str, size: int) -> Storage:
+    storage = await open_unlinked(directory)
+    try:
+        await storage.truncate(size)
+    except BaseException:
+        await storage.close()
+        raise
+    return storage
 
 
 def _image_directory(disk: str, node: Node) -> str:

@@ -187,6 +187,8 @@ class Connection:
                 codec.reply_done(request)
         except Exception as error:
             if isinstance(error, FleecerError) and not isinstance(error, LocalProtocolError):
+                if self.export is not None and self.export.on_failure is not None:
+                    self.export.on_failure(self.export, request.command in (CMD_READ, CMD_BLOCK_STATUS), error)
                 self._refuse(request, error.errno, told(error))
                 return
             _log.exception("a request failed in a way it must not")

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from fleecer.block.edge import Edge
 from fleecer.block.node import Extent
-from fleecer.errors import IoError
+from fleecer.errors import FleecerError, IoError
 from fleecer.ranges import Buffer
 from fleecer.units import KiB, MiB
 from fleecer.wire.nbd import ExportInfo, Request
@@ -43,7 +43,8 @@ class Export:
     """One export. `edge` is its hold on the node; closing it is the owner's business.
 
     `contexts` are metadata contexts beside base:allocation. `snapshot_of` is the disk's name where this is a snapshot
-    of it, else "". The counters are totals since the export was made.
+    of it, else "". The counters are totals since the export was made. `on_failure` is told of requests that fail on
+    the node (whether it was a read, and why); it must not raise or wait.
     """
 
     __slots__ = (
@@ -54,6 +55,7 @@ class Export:
         "edge",
         "export_id",
         "name",
+        "on_failure",
         "reads",
         "snapshot_of",
         "writes",
@@ -75,6 +77,7 @@ class Export:
         self.description = description
         self.contexts: dict[str, StatusSource] = {ALLOCATION: edge.block_status, **(contexts or {})}
         self.snapshot_of = snapshot_of
+        self.on_failure: Callable[[Export, bool, FleecerError], None] | None = None
         self.reads = 0
         self.writes = 0
         self.bytes_read = 0

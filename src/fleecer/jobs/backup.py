@@ -7,18 +7,21 @@
 Jobs started together share one instant. Where the disk is in the target's backing chain, the target answers reads only
 while the job is whole: afterwards it would show the disk's present, so it gives errors instead, unless it has got the
 whole disk.
+
+A target that does not answer holds up neither a cancel nor the end of a job: what is in flight on it is left to end by
+itself, and the target cannot be removed before.
 """
 
 from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Coroutine, Iterator, Sequence
+from typing import Any, Literal
 
 from fleecer.block.copier import CLUSTER_SIZE_BYTES, TIMEOUT_S, OnError, Snapshot
 from fleecer.block.fleecing import Fleece, Plan, cut, uncut
-from fleecer.block.graph import Graph
+from fleecer.block.graph import LEAVE_TIMEOUT_S, Graph
 from fleecer.block.node import ZERO, Node
 from fleecer.errors import UsageError, quoted
 from fleecer.jobs.job import Announce, Job, JobTable
@@ -54,6 +57,7 @@ class BackupJob(Job):
         self.sync = request.sync
         self._graph = graph
         self._complete = False
+        self._failure: Exception | None = None
         self._over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.progress_total = request.device.size
         fleece.snapshot.on_broken = self._broken
@@ -71,22 +75,37 @@ class BackupJob(Job):
             await self._over
             snapshot.check()
             return
-        await self._copy_all()
-        snapshot.check()
-        if not self.cancelled:
-            await snapshot.scratch.flush()
-            self._complete = True
+        await self._while_wanted(self._copy_all())
+        await self._while_wanted(snapshot.scratch.flush())
+        self._complete = not self._over.done()
+
+    async def _while_wanted(self, work: Coroutine[Any, Any, None]) -> None:
+        """Returns when `work` is done, or as soon as the job is over: what is under way then is left to itself.
+
+        Raises what made the job fail. Does nothing where it is over already.
+        """
+        if not self._over.done():
+            task = self._graph.keep(self._noting_failure(work))
+            await asyncio.wait({task, self._over}, return_when=asyncio.FIRST_COMPLETED)
+        else:
+            work.close()
+        if self.cancelled:
+            return
+        self.fleece.snapshot.check()
+        if self._failure is not None:
+            raise self._failure
+
+    async def _noting_failure(self, work: Coroutine[Any, Any, None]) -> None:
+        try:
+            await work
+        except Exception as error:  # noqa: BLE001 - the first is raised in `_while_wanted`, and ends the job
+            self._failure = self._failure or error
+            self._wake()
 
     async def _copy_all(self) -> None:
-        """Copies whatever no write has caused to be copied yet, a few steps at a time."""
+        """Copies whatever no write has caused to be copied yet, a few steps at a time, until the job is over."""
         starts = iter(range(0, self.progress_total, _STEP_BYTES))
-        workers = [asyncio.ensure_future(self._copy_steps(starts)) for _ in range(_STEPS_AT_ONCE)]
-        try:
-            await asyncio.gather(*workers)
-        finally:
-            # The first failure ends the work: the others finish the step they are in.
-            self._wake()
-            await asyncio.gather(*workers, return_exceptions=True)
+        await asyncio.gather(*(self._noting_failure(self._copy_steps(starts)) for _ in range(_STEPS_AT_ONCE)))
 
     async def _copy_steps(self, starts: Iterator[int]) -> None:
         copier = self.fleece.copier
@@ -100,7 +119,8 @@ class BackupJob(Job):
                     copier.settle_zeroes(position, extent.length)
                 position += extent.length
             await copier.copy(start, length)
-            self.progress_current += length
+            if not self._over.done():
+                self.progress_current += length
 
     async def _clean_up(self) -> None:
         snapshot = self.fleece.snapshot
@@ -109,7 +129,7 @@ class BackupJob(Job):
             self.fleece.check_reads_by(_whole)
         elif snapshot.serialising:
             self.fleece.copier.break_snapshot(snapshot, f"fleecing job {quoted(self.job_id)} has ended")
-        await uncut(self._graph, self.fleece)
+        await uncut(self._graph, self.fleece, leave_timeout_s=LEAVE_TIMEOUT_S)
 
 
 def _whole() -> None:
@@ -127,7 +147,10 @@ def _check_ids(table: JobTable, requests: Sequence[BackupRequest]) -> None:
 async def start_backups(
     graph: Graph, table: JobTable, requests: Sequence[BackupRequest], announce: Announce
 ) -> list[BackupJob]:
-    """Starts every backup asked for, all of the same instant. Raises, with nothing changed, if one cannot be."""
+    """Starts every backup asked for, all of the same instant. Raises, with nothing changed, if one cannot be.
+
+    Being cancelled leaves nothing behind either, or else every job running.
+    """
     _check_ids(table, requests)
     plans: list[Plan] = []
     try:
@@ -149,7 +172,7 @@ async def start_backups(
         fleeces = await cut(graph, plans)
     except BaseException:
         for plan in plans:
-            await graph.detach(plan.scratch)
+            graph.let_go(plan.scratch)
         raise
     try:
         _check_ids(table, requests)  # somebody may have taken one while we waited for the disks
@@ -158,7 +181,7 @@ async def start_backups(
             fleece.copier.break_snapshot(fleece.snapshot, str(error))
         for fleece in fleeces:  # broken before anything was copied, so the targets are as they were
             fleece.check_reads_by(None)
-            await uncut(graph, fleece)
+        await asyncio.gather(*(uncut(graph, fleece, leave_timeout_s=LEAVE_TIMEOUT_S) for fleece in fleeces))
         raise
     jobs = [BackupJob(request, graph, fleece, announce) for request, fleece in zip(requests, fleeces, strict=True)]
     for job in jobs:

@@ -3,8 +3,9 @@
     created -> running -> waiting -> pending -> concluded -> null        a job that succeeds
     created -> running -> aborting -> concluded -> null                  one that fails or is cancelled
 
-Invariants: a state change is announced once, in order; a concluded job holds nothing of the graph; a job is dropped
-from the table when it is dismissed, or at once where `auto_dismiss` says so.
+Invariants: a state change is announced once, in order; a concluded job holds nothing of the graph, but for what waits
+for requests that do not end; a job is dropped from the table when it is dismissed, or at once where `auto_dismiss` says
+so.
 """
 
 from __future__ import annotations

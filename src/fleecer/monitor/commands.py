@@ -13,19 +13,20 @@ import msgspec
 
 from fleecer import __version__
 from fleecer.block import options as opt
-from fleecer.block.copier import CLUSTER_SIZE_BYTES, TIMEOUT_S, OnError
-from fleecer.block.graph import DRAIN_TIMEOUT_S
+from fleecer.block.copier import TIMEOUT_S, OnError
+from fleecer.block.fleecing import CUT_TIMEOUT_S
 from fleecer.block.node import Node
 from fleecer.block.nodes.file import FileNode
+from fleecer.block.nodes.qcow2 import Qcow2Node
 from fleecer.daemon import Daemon, SnapshotPart, SnapshotSet
-from fleecer.errors import UsageError
+from fleecer.errors import UsageError, quoted
 from fleecer.export import Export
 from fleecer.jobs import BackupRequest, Job
 from fleecer.monitor.registry import COMMANDS, Context, command
 from fleecer.net.listen import parse_port
 
 Result = dict[str, Any]
-Seconds = Annotated[float, msgspec.Meta(ge=0)]
+Seconds = opt.Seconds
 
 
 class _Kebab(msgspec.Struct, rename="kebab", forbid_unknown_fields=True, kw_only=True):
@@ -101,6 +102,8 @@ def _describe_node(node: Node) -> Result:
     }
     if backing is not None:
         described["backing-node-name"] = backing
+    if isinstance(node, Qcow2Node):
+        described["image"]["format-specific"] = {"type": "qcow2", "data": node.describe()}
     return described
 
 
@@ -108,7 +111,12 @@ def _file_name(node: Node) -> str:
     """The file at the bottom of a node's first children; "" where there is none."""
     while node.children:
         node = node.children[0].node
-    return node.storage.name if isinstance(node, FileNode) else ""
+    return _told_path(node.storage.name) if isinstance(node, FileNode) else ""
+
+
+def _told_path(path: str) -> str:
+    """A path for JSON, which has no place for bytes that are not UTF-8: those are shown escaped."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _backing_depth(node: Node) -> int:
@@ -324,11 +332,14 @@ async def snapshot_create(
     scratch_dir: str | None = None,
     on_cbw_error: OnError = "break-snapshot",
     cbw_timeout: Seconds = TIMEOUT_S,
-    drain_timeout: Seconds = DRAIN_TIMEOUT_S,
-    cluster_size: int = CLUSTER_SIZE_BYTES,
+    drain_timeout: Seconds = CUT_TIMEOUT_S,
+    cluster_size: int | None = None,
     temporary: bool = False,
 ) -> Result:
-    """Cuts disks (default: all) at one instant. With `temporary` it goes when this client's connection does."""
+    """Cuts disks (default: all) at one instant. With `temporary` it goes when this client's connection does.
+
+    `cbw_timeout` 0 lets a write wait for a copy without bound.
+    """
     daemon = context.daemon
     taken = await daemon.snapshots.create(
         disks or (),
@@ -345,8 +356,17 @@ async def snapshot_create(
             if taken in daemon.snapshots.sets():
                 await daemon.snapshots.delete(taken.name)
 
-        context.at_end.append(drop)
+        context.at_end[taken.name] = drop
     return _describe_snapshot(taken)
+
+
+@command
+async def snapshot_keep(context: Context, name: str) -> Result:
+    """Lets a snapshot that this client made as a temporary one outlive its connection."""
+    context.daemon.snapshots.find(name)
+    if context.at_end.pop(name, None) is None:
+        raise UsageError(f"snapshot {quoted(name)} is no temporary one of this connection, so there is nothing to keep")
+    return {}
 
 
 @command
@@ -383,7 +403,7 @@ def _describe_part(part: SnapshotPart) -> Result:
 
 @command
 async def query_disks(context: Context) -> list[Result]:
-    """Every disk that is served, with what its clients have done so far."""
+    """Every disk that is served, with what its clients have done so far, and a `problem` where there is one."""
     daemon = context.daemon
     return [_describe_disk(daemon, export) for export in daemon.disks()]
 
@@ -392,7 +412,7 @@ def _describe_disk(daemon: Daemon, export: Export) -> Result:
     node = export.edge.node
     while node.driver in ("copy-before-write", "raw") and node.children:
         node = node.children[0].node
-    return {
+    described: Result = {
         "name": export.name,
         "size": export.edge.size,
         "format": "raw" if node.driver == "file" else node.driver,
@@ -404,6 +424,8 @@ def _describe_disk(daemon: Daemon, export: Export) -> Result:
         "bytes-read": export.bytes_read,
         "bytes-written": export.bytes_written,
     }
+    problem = daemon.problems.of(export)
+    return described | ({"problem": problem} if problem else {})
 
 
 @command
@@ -413,7 +435,7 @@ async def query_nbd_server(context: Context) -> list[Result]:
     for listener in context.daemon.server.listeners:
         address = listener.address
         if isinstance(address, str):
-            addresses.append({"type": "unix", "path": listener.name})
+            addresses.append({"type": "unix", "path": _told_path(listener.name)})
         else:
             addresses.append({"type": "inet", "host": address[0], "port": str(address[1])})
     return addresses

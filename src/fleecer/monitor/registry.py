@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import json
 import typing
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import msgspec
 
+from fleecer.block.schema import explain
 from fleecer.daemon import Daemon
 from fleecer.errors import FleecerError
 from fleecer.wire.qmp import QmpError
@@ -23,11 +25,14 @@ from fleecer.wire.qmp import QmpError
 
 @dataclasses.dataclass(slots=True)
 class Context:
-    """What a command works on. `quit` asks the daemon to end; `at_end` runs when the client that asked has gone."""
+    """What a command works on. `quit` asks the daemon to end.
+
+    `at_end` is what runs when the client that asked has gone: what ends its temporary snapshots, by their names.
+    """
 
     daemon: Daemon
     quit: Callable[[], None]
-    at_end: list[Callable[[], Awaitable[None]]]
+    at_end: dict[str, Callable[[], Awaitable[None]]]
 
 
 CommandFunction = Callable[..., Awaitable[Any]]
@@ -73,6 +78,9 @@ async def execute(context: Context, name: str, arguments: msgspec.Raw) -> Any:
         raise QmpError("CommandNotFound", f"The command {name} has not been found")
     try:
         decoded = msgspec.json.decode(arguments, type=spec.arguments)
+    except msgspec.ValidationError as error:
+        problem = explain(error, spec.arguments, json.loads(bytes(arguments)))
+        raise QmpError("GenericError", f"{name}: {problem}") from None
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
         raise QmpError("GenericError", f"{name}: {error}") from None
     try:

@@ -1,6 +1,7 @@
 """QMP served over unix sockets: sessions, one command after the other in each, events to all.
 
 Invariants:
+- What is no command is answered with an error in its turn, and the session goes on, whatever was sent.
 - Nothing but qmp_capabilities is taken before it was given; commands of one session run in the order they came.
 - Only processes of this user, or root, get a session, whatever the socket's mode.
 - A client that does not read is cut off when `QUEUED_BYTES_MAX` wait for it, and delays the end of its session by no
@@ -18,7 +19,7 @@ from collections.abc import Callable
 from typing import Any
 
 from fleecer.daemon import Daemon
-from fleecer.errors import FleecerError, IoError, RemoteProtocolError, told
+from fleecer.errors import FleecerError, IoError, told
 from fleecer.monitor import commands
 from fleecer.monitor.registry import Context, execute
 from fleecer.net.listen import Listener, listen_unix
@@ -52,7 +53,7 @@ class MonitorServer:
 
     def serve(self, stream: Stream) -> None:
         """Greets a client and serves it, whatever the stream came from."""
-        session = _Session(self, stream, Context(self._daemon, self._quit, []))
+        session = _Session(self, stream, Context(self._daemon, self._quit, {}))
         self._sessions.add(session)
         stream.begin(session)
         session.send(qmp.greeting(commands.version()))
@@ -88,7 +89,7 @@ class _Session:
         self._context = context
         self._splitter = qmp.Splitter()
         self._buffer = memoryview(bytearray(64 * KiB))
-        self._queue: collections.deque[bytes] = collections.deque()
+        self._queue: collections.deque[qmp.Document] = collections.deque()
         self._task: asyncio.Task[None] | None = None
         self._ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._negotiated = False
@@ -102,12 +103,7 @@ class _Session:
 
     def received(self, count: int) -> None:
         """See `Receiver`."""
-        try:
-            self._queue.extend(self._splitter.feed(self._buffer[:count]))
-        except RemoteProtocolError as error:
-            self.send(qmp.failure(error))
-            self._stream.close()
-            return
+        self._queue.extend(self._splitter.feed(self._buffer[:count]))
         if len(self._queue) > COMMANDS_QUEUED_MAX:
             self._stream.pause()
         if self._queue and self._task is None:
@@ -135,7 +131,7 @@ class _Session:
         if self._gone:
             await self._end()
 
-    async def _answer(self, document: bytes) -> dict[str, Any]:
+    async def _answer(self, document: qmp.Document) -> dict[str, Any]:
         try:
             command = qmp.decode_command(document)
         except qmp.QmpError as error:
@@ -181,7 +177,7 @@ class _Session:
         given_up.cancel()
 
     async def _end(self) -> None:
-        for hold in self._context.at_end:
+        for hold in list(self._context.at_end.values()):
             try:
                 await hold()
             except FleecerError as error:

@@ -17,6 +17,7 @@ from collections.abc import Callable
 
 from fleecer.errors import IoError, UsageError, quoted
 from fleecer.net.stream import SocketStream
+from fleecer.net.unixpath import check_socket_path
 
 BACKLOG = 128
 _ACCEPTS_MAX = 64  # connections accepted a turn
@@ -73,7 +74,7 @@ class Listener:
                 self._loop.remove_reader(self._sock.fileno())
                 self._retry = self._loop.call_later(_PAUSE_S, self._listen_again)
                 return
-            if self._same_user_only and _peer_uid(sock) not in (0, os.geteuid()):
+            if self._same_user_only and _peer(sock)[1] not in (0, os.geteuid()):
                 sock.close()
                 continue
             sock.setblocking(False)
@@ -89,19 +90,21 @@ class Listener:
         self._loop.add_reader(self._sock.fileno(), self._readable)
 
 
-def _peer_uid(sock: socket.socket) -> int:
-    """The user of the process at the other end of a unix socket."""
-    _, uid, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
-    return int(uid)
+def _peer(sock: socket.socket) -> tuple[int, int, int]:
+    """Process, user and group at the other end of a unix socket."""
+    credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    process, user, group = struct.unpack("3i", credentials)
+    return process, user, group
 
 
 def listen_unix(path: str, accepted: Callable[[SocketStream], None], *, same_user_only: bool = False) -> Listener:
     """Listens at `path`, mode 0600; see `Listener`. Raises UsageError when something else is there."""
+    path = os.path.abspath(path)
+    check_socket_path(path)
     _remove_stale(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     sock.setblocking(False)
     before = os.umask(0o177)
-    path = os.path.abspath(path)
     try:
         sock.bind(path)
         sock.listen(BACKLOG)
@@ -130,7 +133,10 @@ def listen_tcp(host: str, port: int, accepted: Callable[[SocketStream], None]) -
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
-        raise IoError(error.errno or errno.EIO, name, "listen", detail=error.strerror or str(error)) from error
+        detail = error.strerror or str(error)
+        if error.errno == errno.EADDRINUSE:
+            detail = "this daemon or another program listens there already; choose another port"
+        raise IoError(error.errno or errno.EIO, name, "listen", detail=detail) from error
     return Listener(sock, name, accepted)
 
 
@@ -139,6 +145,10 @@ def parse_host_port(text: str, default_port: int) -> tuple[str, int]:
     host, colon, port = text.rpartition(":")
     if not colon or text.endswith("]"):
         host, port = text, str(default_port)
+    if ":" in host and not (host.startswith("[") and host.endswith("]")):
+        raise UsageError(
+            f"address {quoted(text)} is not HOST:PORT; an IPv6 address goes in brackets, as in [::1]:10809"
+        )
     host = host.removeprefix("[").removesuffix("]")
     try:
         return host, parse_port(port)
@@ -166,10 +176,14 @@ def _remove_stale(path: str) -> None:
         probe.settimeout(1)
         try:
             probe.connect(path)
+            holder, _, _ = _peer(probe)
         except (ConnectionRefusedError, FileNotFoundError):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(path)
             return
         except OSError:
-            pass
-    raise UsageError(f"socket {quoted(path)} is in use by another process; stop that or choose another path")
+            holder = 0
+    if holder == os.getpid():
+        raise UsageError(f"socket {quoted(path)} is served by this daemon already; choose another path")
+    whom = f"process {holder}" if holder else "another process"
+    raise UsageError(f"socket {quoted(path)} is in use by {whom}; stop that or choose another path")

@@ -24,6 +24,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from fleecer.errors import IoError
+from fleecer.net.unixpath import check_socket_path
 from fleecer.ranges import Buffer
 from fleecer.units import KiB
 
@@ -267,7 +268,8 @@ def _after(pieces: Sequence[Buffer], taken: int) -> list[Buffer]:
 
 
 async def connect_unix(path: str) -> SocketStream:
-    """A stream to the unix socket at `path`. Raises IoError naming it."""
+    """A stream to the unix socket at `path`. Raises IoError naming it, UsageError where no socket can be."""
+    check_socket_path(path)
     return await _connect(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM), path, path)
 
 

@@ -1,7 +1,8 @@
 """What a file node needs from the machine: the seam at which a simulator takes the place of a real file.
 
 Invariants that every storage keeps:
-- Offsets and lengths are bytes. Reading past the end gives zeroes; writing past it extends a growable storage.
+- Offsets and lengths are bytes. Reading past `size` gives zeroes; writing past it extends a growable storage.
+- A storage that ends before `size`, because somebody else cut it short, fails what reads there; it invents no zeroes.
 - What a read returns is private; what a write is given is not kept after the call.
 - Every failure is an `IoError` that names the storage, with the `OSError` as its cause where there was one.
 - `try_pread` and `try_pwrite` never wait for long. They promise nothing about requests of the same storage that are in

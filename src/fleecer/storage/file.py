@@ -8,6 +8,7 @@ Invariants:
   pool reads again.
 - Buffers are made for each read and belong to the caller.
 - `size` never exceeds what was written or found; the file may be longer only while a write past the end is in flight.
+  So if it is shorter, somebody else has cut it: what was there is an error to read, never zeroes.
 - The descriptor is closed once, by `close`, or by the garbage collector with a ResourceWarning.
 """
 
@@ -24,7 +25,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 
-from fleecer.errors import IoError, UsageError, quoted
+from fleecer.errors import CannotOpen, IoError, UsageError, quoted
 from fleecer.ranges import Buffer, align_down, align_up
 from fleecer.storage import fallocate
 from fleecer.storage.api import StorageLimits
@@ -182,7 +183,7 @@ class FileStorage:
 
     async def pread(self, offset: int, length: int) -> Buffer:
         """See `Storage.pread`."""
-        return await running_pool().submit(self._lane, self._pread, offset, length)
+        return await running_pool().submit(self._lane, self._pread, offset, length, self.size)
 
     async def pwrite(self, offset: int, data: Buffer) -> None:
         """See `Storage.pwrite`."""
@@ -207,7 +208,7 @@ class FileStorage:
         """See `Storage.extents`."""
         if self.is_block_device:
             return [(length, True)]
-        return await running_pool().submit(self._lane, self._extents, offset, length)
+        return await running_pool().submit(self._lane, self._extents, offset, length, self.size)
 
     async def truncate(self, size: int) -> None:
         """See `Storage.truncate`. Raises IoError (ENOTSUP) for a block device."""
@@ -232,7 +233,12 @@ class FileStorage:
     def _failed(self, error: OSError, operation: str, offset: int, length: int) -> IoError:
         return IoError(error.errno or errno.EIO, self.name, operation, offset, length)
 
-    def _pread(self, offset: int, length: int) -> Buffer:
+    def _cut_short(self, operation: str, offset: int, length: int, end: int, size: int) -> IoError:
+        detail = f"the file ends at byte {end} but had {size} bytes: it was cut short; restore it from a backup"
+        return IoError(errno.EIO, self.name, operation, offset, length, detail)
+
+    def _pread(self, offset: int, length: int, size: int) -> Buffer:
+        # `size` is that of the moment of asking: what others add since does not make this read a short one.
         data = bytearray(length)
         view = memoryview(data)
         done = 0
@@ -240,6 +246,9 @@ class FileStorage:
             while done < length:
                 count = os.preadv(self._fd, (view[done:],), offset + done)
                 if not count:
+                    if offset + done < size:
+                        end = os.lseek(self._fd, 0, os.SEEK_END)
+                        raise self._cut_short("read", offset, length, end, size)
                     break  # past the end, where all is zero
                 done += count
         except OSError as error:
@@ -295,13 +304,15 @@ class FileStorage:
         except OSError as error:
             raise self._failed(error, "flush", 0, 0) from error
 
-    def _extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
+    def _extents(self, offset: int, length: int, size: int) -> list[tuple[int, bool]]:
         end = offset + length
         runs: list[tuple[int, bool]] = []
         position = offset
         try:
             while position < end and len(runs) < EXTENTS_MAX:
                 data = self._seek(position, os.SEEK_DATA, default=end)
+                if data == end and (file_end := os.lseek(self._fd, 0, os.SEEK_END)) < min(end, size):
+                    raise self._cut_short("block status", offset, length, file_end, size)
                 if data > position:
                     runs.append((min(data, end) - position, False))
                     position = data
@@ -366,13 +377,35 @@ def _open(path: str, read_only: bool, locking: bool, force_share: bool) -> FileS
         _check_type(path, os.stat(path).st_mode)
         file = _open_raw(path, os.O_RDONLY if read_only else os.O_RDWR)
     except OSError as error:
-        raise IoError(error.errno or errno.EIO, path, "open") from error
+        raise CannotOpen(error.errno or errno.EIO, path, _why_not_opened(error, path, read_only)) from error
+    except ValueError:
+        raise UsageError(f"image name {quoted(path)} has a NUL in it, which no file name can have") from None
     with _closing_on_error(file):
         _check_type(path, os.fstat(file.fileno()).st_mode)
         os.set_blocking(file.fileno(), True)
         if locking:
             lock_image(file.fileno(), path, writable=not read_only, force_share=force_share)
         return FileStorage(file, path, read_only=read_only)
+
+
+def _why_not_opened(error: OSError, path: str, read_only: bool) -> str:
+    """What follows the image's name in the message about a failed open: what is the matter, and what to do."""
+    match error.errno:
+        case errno.ENOENT:
+            return "does not exist"
+        case errno.ENOTDIR:
+            return "does not exist: what its path has for a directory is none"
+        case errno.ELOOP:
+            return "is a symbolic link that leads to itself"
+        case errno.ENAMETOOLONG:
+            return "does not exist: no name may be longer than 255 bytes, no path than 4095"
+        case errno.EROFS:
+            return "is on a read-only file system; open it with --read-only (read-only=on)"
+        case errno.EACCES | errno.EPERM if not read_only and os.access(path, os.R_OK):
+            return "may be read but not written to; open it with --read-only (read-only=on), or change its mode"
+        case errno.EACCES | errno.EPERM:
+            return "may not be opened by this user; see the modes of it and of the directories that lead to it"
+    return f"cannot be opened: {error.strerror or error}"
 
 
 def _create(path: str, size: int, exclusive: bool, mode: int, locking: bool) -> FileStorage:

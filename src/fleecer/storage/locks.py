@@ -58,10 +58,7 @@ def lock_image(fd: int, path: str, *, writable: bool, force_share: bool = False)
         detail = f"{os.strerror(code)}; if nothing else uses it, open it without locking"
         raise IoError(code, path, "lock", detail=detail) from error
     if changed:
-        choice = "" if writable else ", or open it with force-share to read what may change meanwhile"
-        raise PermissionConflict(
-            f"image {quoted(path)}: another process holds it for writing (lock); stop it first{choice}"
-        )
+        raise PermissionConflict(f"image {quoted(path)}: another process holds it for writing (lock); stop it first")
     if relied_on:
         use = "writing" if writable else "reading"
         raise PermissionConflict(

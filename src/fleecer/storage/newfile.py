@@ -16,6 +16,7 @@ import errno
 import io
 import os
 import secrets
+from collections.abc import AsyncIterator
 from typing import Final
 
 from fleecer.errors import IoError
@@ -99,9 +100,19 @@ class NewFile:
             await running_pool().submit(Lane(), _remove, hidden)
 
 
-async def make_directories(path: str) -> None:
-    """Makes `path` a directory, with its parents, each durable. Raises IoError naming what cannot be made."""
-    await running_pool().submit(Lane(), _make_directories, path)
+@contextlib.asynccontextmanager
+async def made_directories(path: str) -> AsyncIterator[None]:
+    """Makes `path` a directory, with its parents, each durable. Raises IoError naming what cannot be made.
+
+    If what is done inside fails, those that were made go again, unless there is something in them.
+    """
+    made: list[str] = []
+    try:
+        await running_pool().submit(Lane(), _make_directories, path, made)
+        yield
+    except BaseException:
+        await running_pool().submit(Lane(), _remove_empty, made)
+        raise
 
 
 async def forget_cached(path: str) -> None:
@@ -146,7 +157,8 @@ def _remove(path: str) -> None:
         os.unlink(path)
 
 
-def _make_directories(path: str) -> None:
+def _make_directories(path: str, into: list[str]) -> None:
+    """Notes each that it makes in `into`, the outermost first."""
     path = os.path.abspath(path)
     missing: list[str] = []
     while not os.path.isdir(path) and path != os.path.dirname(path):
@@ -154,10 +166,21 @@ def _make_directories(path: str) -> None:
         path = os.path.dirname(path)
     for made in reversed(missing):
         try:
-            os.makedirs(made, exist_ok=True)
+            try:
+                os.mkdir(made)
+                into.append(made)
+            except FileExistsError:
+                if not os.path.isdir(made):
+                    raise
             sync_directory(os.path.dirname(made))
         except OSError as error:
             raise IoError(error.errno or errno.EIO, made, "make directory") from error
+
+
+def _remove_empty(directories: list[str]) -> None:
+    with contextlib.suppress(OSError):
+        for path in reversed(directories):
+            os.rmdir(path)
 
 
 def _forget_cached(path: str) -> None:

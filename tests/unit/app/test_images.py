@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import os
 from pathlib import Path
@@ -13,6 +14,7 @@ from fleecer.block.graph import Graph
 from fleecer.block.nodes.file import FileNode
 from fleecer.block.nodes.qcow2 import create_qcow2
 from fleecer.errors import CorruptImage, IoError, PermissionConflict, UnsupportedFormat, UsageError
+from fleecer.formats.qcow2.header import parse_header
 from fleecer.jobs import transfer
 from fleecer.ranges import Buffer
 from fleecer.storage.file import create_file, open_file
@@ -46,6 +48,22 @@ async def test_a_qcow2_image_goes_there_and_back(tmp_path: Path, backup: str) ->
     await images.restore(backup, str(tmp_path / "middle.qcow2"))
     await images.restore(str(tmp_path / "middle.qcow2"), str(tmp_path / "new.raw"))
     assert content(tmp_path / "new.raw") == content(backup)
+
+
+@pytest.mark.parametrize("size", [1, 511, 512, 513, 100_001])
+async def test_a_size_that_is_no_multiple_of_512_survives_a_qcow2_which_others_see_rounded_up(
+    tmp_path: Path, size: int
+) -> None:
+    data = os.urandom(size)
+    (tmp_path / "odd.raw").write_bytes(data)
+    await images.restore(str(tmp_path / "odd.raw"), str(tmp_path / "middle.qcow2"))
+    done = await images.restore(str(tmp_path / "middle.qcow2"), str(tmp_path / "new.raw"))
+    assert done.size == size
+    assert content(tmp_path / "new.raw") == data
+    header = parse_header(content(tmp_path / "middle.qcow2")[:65536], 1 << 40, "middle.qcow2")
+    assert header.size == -(-size // 512) * 512
+    resized = dataclasses.replace(header, size=header.size + 512)
+    assert resized.disk_size == resized.size, "a record that the header contradicts does not count"
 
 
 async def test_an_existing_target_is_refused_without_force_and_replaced_with_it(tmp_path: Path, backup: str) -> None:
@@ -90,7 +108,7 @@ async def test_a_target_that_somebody_holds_is_not_replaced_even_with_force(tmp_
 
 async def test_a_backup_is_not_restored_over_itself(tmp_path: Path, backup: str) -> None:
     before = content(backup)
-    with pytest.raises(PermissionConflict):
+    with pytest.raises(UsageError, match="is the backup itself; choose another"):
         await images.restore(backup, backup, force=True)
     assert content(backup) == before
 

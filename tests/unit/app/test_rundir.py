@@ -25,7 +25,10 @@ def test_a_run_directory_is_made_for_its_owner_alone_and_can_be_claimed_again(tm
 def test_a_second_claim_names_the_process_that_has_it(tmp_path: Path) -> None:
     with claimed(str(tmp_path / "run")), pytest.raises(InUse) as caught, claimed(str(tmp_path / "run")):
         pass
-    assert str(caught.value) == f"run directory '{tmp_path / 'run'}' is in use by process {os.getpid()}"
+    assert str(caught.value) == (
+        f"run directory '{tmp_path / 'run'}' is in use by process {os.getpid()}; stop that, or "
+        "choose another with --run-dir"
+    )
 
 
 def test_a_claim_ends_with_its_process_and_what_is_in_the_directory_stays(tmp_path: Path) -> None:
@@ -41,7 +44,32 @@ def test_a_directory_that_others_can_write_to_is_refused(tmp_path: Path) -> None
     path = tmp_path / "run"
     path.mkdir()
     path.chmod(0o770)
-    with pytest.raises(UsageError, match="can be written to by other users; make it yours alone"), claimed(str(path)):
+    with (
+        pytest.raises(UsageError, match=r"by other users \(mode 770\); take that from them \(chmod go-w\), or"),
+        claimed(str(path)),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("below", ["", "x"])
+def test_a_file_in_place_of_the_directory_is_told_with_what_to_do(tmp_path: Path, below: str) -> None:
+    (tmp_path / "file").write_bytes(b"kept")
+    path = tmp_path / "file" / below
+    with pytest.raises(UsageError) as caught, claimed(str(path)):
+        pass
+    assert str(caught.value) == (
+        f"run directory '{path}': it, or a part of its path, is no directory; choose another with --run-dir"
+    )
+    assert (tmp_path / "file").read_bytes() == b"kept"
+
+
+def test_another_users_directory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    owner = tmp_path.stat().st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    with (
+        pytest.raises(UsageError, match=rf"belongs to user {owner}, not to you \({owner + 1}\)"),
+        claimed(str(tmp_path)),
+    ):
         pass
 
 

@@ -9,11 +9,13 @@ from typing import Literal
 import pytest
 from tests.fleecing_world import CLUSTER, SIZE, Taken, World, together
 
+from fleecer import eager
 from fleecer.block.copier import Snapshot
 from fleecer.block.edge import Edge
-from fleecer.block.fleecing import Plan, cut
+from fleecer.block.fleecing import CUT_TIMEOUT_S, RETRY_S, RETRY_TIMEOUT_S, Plan, cut, release_scratch, uncut
 from fleecer.block.graph import SNAPSHOT_ROLE
 from fleecer.block.node import Extent
+from fleecer.block.nodes.copy_before_write import CopyBeforeWriteNode
 from fleecer.block.nodes.fault import FaultNode
 from fleecer.block.nodes.file import FileNode
 from fleecer.block.nodes.raw import RawNode
@@ -21,11 +23,31 @@ from fleecer.block.nodes.snapshot_access import SnapshotAccessNode
 from fleecer.errors import IoError, NotFound, PermissionConflict, SnapshotBroken, UsageError
 from fleecer.testing.memory import MemoryStorage, random_turns
 
+Policy = tuple[str, float]
+
 
 async def turns() -> None:
     """Lets everything that can run do so."""
     for _ in range(50):
         await asyncio.sleep(0)
+
+
+class Clock:
+    """The loop's time, which stands still unless it is moved."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now_s = loop.time()
+        monkeypatch.setattr(loop, "time", lambda: self.now_s)
+
+    async def advance(self, seconds: float) -> None:
+        """Moves it on; whatever was due in the meantime has run on return."""
+        self.now_s += seconds
+        await turns()
+
+
+@pytest.fixture
+async def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    return Clock(asyncio.get_running_loop(), monkeypatch)
 
 
 def faulty(world: World, name: str, inner: str | Edge) -> tuple[FaultNode, Edge]:
@@ -105,6 +127,24 @@ async def test_a_retired_snapshots_copies_stay_while_an_older_one_reads_them() -
     assert first.fleece.copier.preserved_bytes(first.fleece.snapshot) == CLUSTER
     await world.drop(first)
     assert [node.name for node in world.graph.nodes()] == ["disk"]
+
+
+async def test_a_retired_snapshot_without_copies_goes_also_while_there_is_an_older_one() -> None:
+    world = World()
+    inner, _ = world.scratch()
+    first = await world.take()
+    fault, scratch = faulty(world, "faulty", inner)
+    second = await world.take(scratch=scratch)
+    held = fault.hold("write")
+    writing = asyncio.ensure_future(world.top.pwrite(0, b"x"))
+    await held.reached()  # a copy for both is on its way
+    dropping = asyncio.ensure_future(world.drop(second))
+    await writing
+    assert first.fleece.copier.snapshots == (first.fleece.snapshot,)
+    await world.check_whole(first)
+    held.release()
+    await dropping
+    assert second.fleece.snapshot.scratch.node not in world.graph.nodes()
 
 
 async def test_zeroes_are_preserved_without_space() -> None:
@@ -283,21 +323,218 @@ async def test_others_have_their_turn_while_much_is_copied_without_a_wait() -> N
 
 @pytest.mark.usefixtures("little_memory")
 @pytest.mark.parametrize("on_error", ["break-snapshot", "break-guest-write"])
-async def test_a_change_of_so_much_that_copying_it_takes_too_long_is_treated_as_one_slow_copy(on_error: str) -> None:
-    world = World()
-    taken = await world.take(timeout_s=1e-9, on_error=on_error)
+async def test_a_change_of_much_may_take_long_as_long_as_copies_for_it_end_well(on_error: str, clock: Clock) -> None:
+    world, taken, fault = await world_with_faulty_scratch(on_error, timeout_s=10.0)
+    held = [fault.hold("write", at * CLUSTER, 1) for at in range(9)]
+    wiping = asyncio.ensure_future(world.top.discard(0, SIZE))
+    for hold in held:  # 9 copies, 7 s each
+        await hold.reached()
+        await clock.advance(7.0)
+        assert not wiping.done()
+        hold.release()
+        await turns()
+    await wiping
+    await world.check_whole(taken)
+
+
+@pytest.mark.usefixtures("little_memory")
+@pytest.mark.parametrize("on_error", ["break-snapshot", "break-guest-write"])
+@pytest.mark.parametrize("hung", [0, 5, 8])
+async def test_a_copy_that_hangs_ends_the_wait_however_many_ended_well_before(
+    on_error: str, hung: int, clock: Clock
+) -> None:
+    world, taken, fault = await world_with_faulty_scratch(on_error, timeout_s=10.0)
     before = bytes(world.disk.data)
+    held = [fault.hold("write", at * CLUSTER, 1) for at in range(9)]
+    wiping = asyncio.ensure_future(world.top.zero(0, SIZE))
+    for at in range(hung):
+        await held[at].reached()
+        await clock.advance(7.0)
+        held[at].release()
+        await turns()
+    await held[hung].reached()
+    await clock.advance(7.0)
+    if hung < 7:
+        held[hung + 1].release()  # that one was under way beside it: progress too
+        await turns()
+        await clock.advance(7.0)
+    assert not wiping.done()
+    await clock.advance(7.0)
     if on_error == "break-guest-write":
-        with pytest.raises(IoError, match="took longer than 1e-09 s") as failure:
-            await world.top.pwrite(0, bytes(SIZE))
-        assert failure.value.errno == errno.ETIMEDOUT
+        with pytest.raises(IoError, match=r"copying its old data to faulty took longer than 10 s"):
+            await wiping
         assert world.disk.data == before
-        await world.check_whole(taken)
     else:
-        await world.top.pwrite(0, bytes(SIZE))
+        await wiping
         assert not any(world.disk.data)
-        with pytest.raises(SnapshotBroken, match="copying its old data to scratch1 took longer than 1e-09 s"):
+        with pytest.raises(SnapshotBroken, match=r"copying its old data to faulty took longer than 10 s"):
             await taken.edge.pread(0, 1)
+    fault.clear()
+    await turns()
+
+
+async def test_a_reader_that_hangs_ends_the_wait_too_and_one_of_a_broken_snapshot_is_not_waited_for(
+    clock: Clock,
+) -> None:
+    world, slow = world_on_faulty_disk()
+    taken = await world.take(timeout_s=10.0)
+    held = slow.hold("read", 0, CLUSTER)
+    reading = asyncio.ensure_future(taken.edge.pread(0, 512))
+    await held.reached()
+    writing = asyncio.ensure_future(world.top.pwrite(0, b"new"))
+    await turns()
+    await clock.advance(9.0)
+    assert not writing.done()
+    await clock.advance(2.0)
+    await writing
+    await world.top.pwrite(1, b"newer")
+    held.release()
+    with pytest.raises(SnapshotBroken, match="a read of the disk for it took longer than 10 s"):
+        await reading
+
+
+async def take_pair(world: World, older: Policy, newer: Policy) -> tuple[Taken, Taken, FaultNode]:
+    """Two snapshots with policies of their own, (on_error, timeout_s); copies go to the newer one's faulty scratch."""
+    first = await world.take(on_error=older[0], timeout_s=older[1])
+    fault, scratch = faulty(world, "faulty", world.scratch()[0])
+    return first, await world.take(scratch=scratch, on_error=newer[0], timeout_s=newer[1]), fault
+
+
+LENIENT: Policy = ("break-snapshot", 15.0)
+STRICT: Policy = ("break-guest-write", 15.0)
+
+
+async def test_a_change_fails_if_the_snapshot_whose_scratch_is_full_says_so_and_none_breaks() -> None:
+    world = World()
+    older, newer, fault = await take_pair(world, LENIENT, STRICT)
+    fault.fail("write", errno=errno.ENOSPC)
+    before = bytes(world.disk.data)
+    with pytest.raises(IoError) as failure:
+        await world.top.pwrite(0, b"new")
+    assert failure.value.errno == errno.ENOSPC
+    assert world.disk.data == before
+    await world.top.pwrite(0, b"new")
+    for taken in (older, newer):
+        await world.check_whole(taken)
+
+
+@pytest.mark.parametrize("strict", ["older", "newer"])
+async def test_a_change_fails_if_any_snapshot_says_so_for_which_the_disk_cannot_be_read(strict: str) -> None:
+    world, slow = world_on_faulty_disk()
+    older = await world.take(on_error="break-guest-write" if strict == "older" else "break-snapshot")
+    newer = await world.take(on_error="break-guest-write" if strict == "newer" else "break-snapshot")
+    slow.fail("read")
+    with pytest.raises(IoError):
+        await world.top.pwrite(0, b"new")
+    await world.top.pwrite(0, b"new")
+    for taken in (older, newer):
+        await world.check_whole(taken)
+
+
+@pytest.mark.parametrize("older_policy", [LENIENT, STRICT])
+async def test_a_full_scratch_breaks_no_older_snapshot_that_has_room_of_its_own(older_policy: Policy) -> None:
+    world = World()
+    older, newer, fault = await take_pair(world, older_policy, LENIENT)
+    fault.fail("write", errno=errno.ENOSPC, times=None)
+    await asyncio.gather(world.top.pwrite(0, b"new"), world.top.discard(0, 3 * CLUSTER))
+    await world.check_whole(older)
+    assert older.fleece.snapshot.done.count() == 3
+    with pytest.raises(SnapshotBroken, match="No space left on device"):
+        await newer.edge.pread(0, 10)
+
+
+async def test_a_change_does_not_fail_for_a_snapshot_that_has_its_copy() -> None:
+    world = World()
+    older = await world.take(on_error="break-guest-write")
+    await world.top.pwrite(0, b"first")  # the older one has that cluster now
+    fault, scratch = faulty(world, "faulty", world.scratch()[0])
+    newer = await world.take(scratch=scratch)
+    fault.fail("write")
+    await world.top.pwrite(0, b"second")
+    assert newer.fleece.snapshot.broken is not None
+    await world.check_whole(older)
+
+
+async def test_each_snapshot_is_waited_for_as_long_as_it_says(clock: Clock) -> None:
+    world = World()
+    older, newer, fault = await take_pair(world, ("break-snapshot", 20.0), ("break-snapshot", 5.0))
+    held = fault.hold("write")
+    writing = asyncio.ensure_future(world.top.pwrite(0, b"new"))
+    await held.reached()
+    await clock.advance(6.0)
+    assert newer.fleece.snapshot.broken is not None
+    assert "took longer than 5 s" in newer.fleece.snapshot.broken.cause
+    assert not writing.done()
+    held.release()  # the copy is for the older one too
+    await writing
+    await world.check_whole(older)
+
+
+async def test_a_change_fails_as_soon_as_a_snapshot_that_says_so_has_waited_long_enough(clock: Clock) -> None:
+    world = World()
+    older, newer, fault = await take_pair(world, ("break-guest-write", 20.0), ("break-snapshot", 5.0))
+    held = fault.hold("write")
+    writing = asyncio.ensure_future(world.top.pwrite(0, b"new"))
+    await held.reached()
+    await clock.advance(6.0)
+    assert newer.fleece.snapshot.broken is not None
+    assert not writing.done()
+    await clock.advance(15.0)
+    with pytest.raises(IoError, match="took longer than 20 s"):
+        await writing
+    held.release()
+    await turns()
+    await world.top.pwrite(0, b"new")
+    await world.check_whole(older)
+
+
+async def test_of_those_that_wait_equally_long_the_one_that_fails_the_change_keeps_the_others_whole(
+    clock: Clock,
+) -> None:
+    world = World()
+    older, newer, fault = await take_pair(world, ("break-snapshot", 5.0), ("break-guest-write", 5.0))
+    held = fault.hold("write")
+    writing = asyncio.ensure_future(world.top.pwrite(0, b"new"))
+    await held.reached()
+    await clock.advance(6.0)
+    with pytest.raises(IoError, match="took longer than 5 s"):
+        await writing
+    held.release()
+    await turns()
+    for taken in (older, newer):
+        await world.check_whole(taken)
+
+
+async def test_a_copy_that_nobody_needs_any_more_writes_nothing_to_a_scratch_that_may_be_gone() -> None:
+    world, slow = world_on_faulty_disk()
+    taken = await world.take(timeout_s=0.01)
+    scratch = taken.fleece.snapshot.scratch
+    held = slow.hold("read")
+    writing = asyncio.ensure_future(world.top.pwrite(0, b"new"))
+    await held.reached()
+    await writing
+    await release_scratch(world.graph, taken.fleece)
+    assert scratch.node not in world.graph.nodes(), "nothing was in flight on it"
+    held.release()
+    await turns()
+    loop = asyncio.get_running_loop()
+    left = [task for task in eager._waiting if task.get_loop() is loop and not task.done()]
+    assert not left, "the copy must not wait at the gate of a scratch that is gone"
+
+
+async def test_another_cluster_size_is_refused_while_snapshots_share_one() -> None:
+    world = World()
+    await world.take()
+    nodes = world.graph.nodes()
+    plan = Plan(world.top.node, world.scratch()[0], "other", share=True, cluster_size_bytes=2 * CLUSTER)
+    with pytest.raises(
+        UsageError, match=r"^cluster size 8192 for 'other': the snapshots of node 'disk' have one of 4096"
+    ):
+        await cut(world.graph, [plan])
+    assert [node for node in world.graph.nodes() if node is not plan.scratch.node] == nodes
+    plan.cluster_size_bytes = None
+    (fleece,) = await cut(world.graph, [plan])
+    assert fleece.copier.cluster_size_bytes == CLUSTER
 
 
 async def test_a_copy_under_way_when_a_newer_snapshot_is_taken_serves_only_the_older() -> None:
@@ -418,7 +655,7 @@ async def test_an_ended_snapshot_answers_no_read_also_to_who_still_holds_it() ->
     await world.drop(newer)
     await world.top.pwrite(0, b"new" * CLUSTER)  # copied for the older one alone
     for attempt in (reader.pread(0, 512), reader.block_status(0, 512)):
-        with pytest.raises(SnapshotBroken, match="snapshot is broken: it has ended"):
+        with pytest.raises(SnapshotBroken, match="is broken: it has ended"):
             await attempt
     await world.check_whole(older)
 
@@ -567,6 +804,31 @@ async def test_what_may_grow_has_no_snapshot(between: bool) -> None:
     world.graph.forget(above)
     world.graph.attach(holder, "export", "nbd", writable=True)
     await cut(world.graph, [plan])
+
+
+async def test_a_filter_whose_disk_does_not_come_to_rest_is_taken_out_when_it_does(clock: Clock) -> None:
+    world, slow = world_on_faulty_disk()
+    taken = await world.take()
+    held = slow.hold("write", 0, CLUSTER)
+    writing = asyncio.ensure_future(world.top.pwrite(0, b"new"))
+    await held.reached()
+    await world.graph.drain_and_detach(taken.edge)
+    ending = asyncio.ensure_future(uncut(world.graph, taken.fleece))
+    await turns()
+    await clock.advance(CUT_TIMEOUT_S + 1)
+    with pytest.raises(IoError, match="did not end in 5 s"):
+        await ending
+    assert isinstance(world.top.node, CopyBeforeWriteNode)
+    await clock.advance(RETRY_S)
+    await turns()
+    assert isinstance(world.top.node, CopyBeforeWriteNode)
+    await clock.advance(RETRY_TIMEOUT_S + 1)
+    assert await world.top.pread(2 * CLUSTER, 10)  # it holds nobody up meanwhile
+    held.release()
+    await writing
+    await clock.advance(2 * RETRY_S)
+    await turns()
+    assert not isinstance(world.top.node, CopyBeforeWriteNode)
 
 
 async def test_a_disk_that_does_not_come_to_rest_fails_the_cut_and_goes_on() -> None:

@@ -409,8 +409,8 @@ async def test_a_filter_comes_and_goes_under_load() -> None:
         assert graph.top(disk) is node
         await turns(5)
         async with graph.drained(functools.partial(graph.parents, node)):
-            graph.bypass(node)
-        await graph.drop_bypassed(node)
+            closing = graph.bypass(node)
+        await graph.left([closing])
         assert all(edge.node is disk for edge in exports)
     stop = True
     await asyncio.gather(*workers)
@@ -456,16 +456,16 @@ async def test_what_was_bypassed_stands_in_nobodys_way_while_it_is_being_closed(
     held = disk.hold("read")
     copying = asyncio.ensure_future(below.pread(0, 512))  # a copy in the background
     await held.reached()
-    graph.bypass(filter_node)
-    dropping = asyncio.ensure_future(graph.drop_bypassed(filter_node))
+    closing = graph.bypass(filter_node)
     await turns()
-    assert not dropping.done()
+    assert closing is not None
+    assert not closing.done()
     assert graph.top(disk) is disk
     assert graph.edges_to_cover(disk) == []
     graph.attach(disk, "job", "target", writable=True, shares_write=False)
     held.release()
     await copying
-    await dropping
+    await closing
 
 
 async def test_once_a_filter_stands_nobody_can_write_past_it() -> None:

@@ -245,7 +245,7 @@ async def test_a_target_shows_errors_once_its_job_is_cancelled_and_never_new_dat
     assert guest.node is disk
     await guest.pwrite(2 * CLUSTER, bytes(512))
     held.release()
-    text = r"^snapshot on 'job-B': snapshot is broken: fleecing job 'job-B' has ended$"
+    text = r"^snapshot 'job-B' is broken: fleecing job 'job-B' has ended$"
     for request in (in_flight, reader.pread(0, 10), reader.block_status(0, 10), indirect.pread(CLUSTER, 10)):
         with pytest.raises(SnapshotBroken, match=text):
             await request
@@ -534,7 +534,7 @@ async def test_a_full_backup_that_is_cancelled_stops_soon_and_leaves_the_disk_al
     await held.reached()
     cancelling = asyncio.ensure_future(job.cancel())
     await turns()
-    assert job.state == "running", "it waits for what is in flight"
+    assert job.state == "aborting", "it waits for what is in flight"
     held.release()
     await cancelling
     assert job.progress_current < SIZE or world.statuses("job-B")[-2] == "aborting"

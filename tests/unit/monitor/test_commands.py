@@ -174,9 +174,9 @@ async def test_a_transaction_starts_all_or_nothing(world: Monitored) -> None:
     told = await client.fail("transaction", actions=[backup("b0"), backup("nowhere")])
     assert told == "node 'nowhere' does not exist"
     told = await client.fail("transaction", actions=[backup("b0", sync="top")])
-    assert told.startswith("transaction: Invalid enum value 'top' - at `$.actions[0].data.sync`")
+    assert told.startswith("transaction: actions[0].data.sync is 'top'; it must be one of full, none")
     told = await client.fail("transaction", actions=[{"type": "abort", "data": {}}])
-    assert told.startswith("transaction: Invalid value 'abort' - at `$.actions[0].type`")
+    assert told.startswith("transaction: actions[0].type 'abort' is not known; known are ")
     assert await client.run("query-jobs") == []
     assert not client.events("JOB_STATUS_CHANGE")
     await client.run("blockdev-del", node_name="b0")
@@ -230,7 +230,7 @@ async def test_exports_need_a_server_and_a_free_name(world: Monitored) -> None:
     told = await client.fail("nbd-server-start", addr={"type": "inet", "data": {"host": "127.0.0.1", "port": "x"}})
     assert told == "port 'x' is not a number up to 65535"
     told = await client.fail("nbd-server-start", addr={"type": "unix", "path": "/x"})
-    assert told.startswith("nbd-server-start: Object contains unknown field `path` - at `$.addr`") or "data" in told
+    assert told == "nbd-server-start: option 'path' in addr is not known; known are data"
 
 
 async def test_nodes_are_described_with_their_files_and_backing(world: Monitored) -> None:
@@ -350,7 +350,9 @@ async def test_a_broken_snapshot_is_announced_and_keeps_its_cause(world: Monitor
     assert event["name"] == "s1"
     assert event["disk"] == "disk0"
     assert "No space left on device" in event["cause"]
-    with pytest.raises(IoError, match=r"snapshot is broken: copying its old data failed: .*No space left on device"):
+    with pytest.raises(
+        IoError, match=r"is broken: copying its old data failed: .*No space left on device; free space there, or"
+    ):
         await past.pread(0, 300)
     (listed,) = await client.run("query-snapshots")
     assert listed["disks"][0]["state"] == "broken"
@@ -366,3 +368,18 @@ async def test_a_broken_snapshot_is_announced_and_keeps_its_cause(world: Monitor
 async def _event(client: QmpClient, name: str) -> dict[str, Any]:
     await client.until(lambda: bool(client.events(name)))
     return client.events(name)[0]
+
+
+async def test_a_temporary_snapshot_that_is_kept_outlives_its_client(world: Monitored) -> None:
+    client, other = await world.client(), await world.client()
+    await serve(world, client, "disk0")
+    for name in ("kept", "goes"):
+        await client.run("snapshot-create", name=name, temporary=True)
+    told = await other.fail("snapshot-keep", name="kept")
+    assert told == "snapshot 'kept' is no temporary one of this connection, so there is nothing to keep"
+    assert await client.fail("snapshot-keep", name="nothing") == "snapshot 'nothing' does not exist"
+    assert await client.run("snapshot-keep", name="kept") == {}
+    client.stream.abort()
+    while len(snapshots := await other.run("query-snapshots")) > 1:
+        pass
+    assert [taken["name"] for taken in snapshots] == ["kept"]

@@ -89,14 +89,14 @@ async def test_a_fifo_that_takes_a_files_place_between_look_and_open_does_not_ha
 @pytest.mark.parametrize(
     ("name", "code", "text"),
     [
-        ("missing", errno.ENOENT, "No such file or directory"),
-        ("plain/below", errno.ENOTDIR, "Not a directory"),
-        ("x" * 300, errno.ENAMETOOLONG, "File name too long"),
+        ("missing", errno.ENOENT, "does not exist"),
+        ("plain/below", errno.ENOTDIR, "does not exist: what its path has for a directory is none"),
+        ("x" * 300, errno.ENAMETOOLONG, "does not exist: no name may be longer than 255 bytes, no path than 4095"),
     ],
 )
 async def test_an_error_names_the_path_and_the_reason(tmp_path: Path, name: str, code: int, text: str) -> None:
     (tmp_path / "plain").touch()
-    with pytest.raises(IoError, match=f"^open on '{tmp_path}/.*': {text}$") as caught:
+    with pytest.raises(IoError, match=f"^image '{tmp_path}/.*' {text}$") as caught:
         await open_file(str(tmp_path / name))
     assert caught.value.errno == code
     assert isinstance(caught.value.__cause__, OSError)
@@ -232,6 +232,42 @@ async def test_bytes_past_the_end_read_as_zero(storage: FileStorage) -> None:
     assert await storage.pread(990, 34) == b"x" * 10 + bytes(24)
     assert await storage.pread(5000, 100) == bytes(100)
     assert storage.try_pread(990, 34) is None, "a short inline read is for the pool to complete"
+
+
+async def test_what_somebody_else_cut_off_is_an_error_and_never_zeroes(tmp_path: Path, pool: None) -> None:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(b"x" * 5000)
+    storage = await open_file(str(path))
+    try:
+        os.truncate(path, 3000)
+        assert storage.try_pread(2990, 20) is None
+        text = "the file ends at byte 3000 but had 5000 bytes: it was cut short; restore it from a backup"
+        for work in (storage.pread(2990, 20), storage.pread(4000, 2000), storage.extents(2990, 2010)):
+            with pytest.raises(IoError, match=text) as caught:
+                await work
+            assert caught.value.errno == errno.EIO
+        assert await storage.pread(0, 3000) == b"x" * 3000
+        assert await storage.extents(0, 3000) == [(3000, True)]
+        assert await storage.pread(5000, 100) == bytes(100), "past the size that is known there was never anything"
+        os.truncate(path, 5000)
+        assert await storage.pread(2990, 20) == b"x" * 10 + bytes(10), "nothing tells that the file was shorter"
+    finally:
+        await storage.close()
+
+
+async def test_a_file_that_grows_while_a_read_past_its_end_is_under_way_was_not_cut(
+    storage: FileStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = os.preadv
+
+    def grows_after(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
+        count = real(fd, buffers, offset, flags)
+        storage.try_pwrite(SIZE, b"y" * 4096)  # as the loop's thread may, between this read and what follows it
+        return count
+
+    monkeypatch.setattr(os, "preadv", grows_after)
+    assert await storage.pread(SIZE, 4096) == bytes(4096)
+    assert storage.size == SIZE + 4096
 
 
 @pytest.mark.parametrize("most", [1, 511, 512, 513, 9_999])

@@ -57,7 +57,7 @@ async def test_each_opener_holds_the_bytes_of_its_permissions(path: str) -> None
         (
             "writer",
             "reader",
-            f"{HELD_FOR_WRITING}, or open it with force-share to read what may change meanwhile",
+            HELD_FOR_WRITING,
         ),
         ("writer", "lenient", None),
         ("writer", "careless", None),

@@ -10,7 +10,7 @@ import pytest
 
 from fleecer.errors import IoError
 from fleecer.storage import newfile
-from fleecer.storage.newfile import NewFile, make_directories
+from fleecer.storage.newfile import NewFile, made_directories
 
 real_open = os.open
 
@@ -130,14 +130,34 @@ async def test_directories_are_made_with_their_parents_and_synced(
 ) -> None:
     synced: list[str] = []
     monkeypatch.setattr(newfile, "sync_directory", synced.append)
-    await make_directories(str(tmp_path / "a" / "b"))
-    assert (tmp_path / "a" / "b").is_dir()
-    assert synced == [str(tmp_path), str(tmp_path / "a")]
-    await make_directories(str(tmp_path / "a" / "b"))
-    assert len(synced) == 2
+    for _ in range(2):
+        async with made_directories(str(tmp_path / "a" / "b")):
+            pass
+        assert (tmp_path / "a" / "b").is_dir()
+        assert synced == [str(tmp_path), str(tmp_path / "a")]
 
 
 async def test_a_file_in_the_way_of_a_directory_is_named(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"")
     with pytest.raises(IoError, match=r"make directory on '.*/a'"):
-        await make_directories(str(tmp_path / "a" / "b"))
+        async with made_directories(str(tmp_path / "a" / "b")):
+            pass
+
+
+@pytest.mark.parametrize("in_use", [False, True])
+async def test_directories_made_for_what_fails_go_again_unless_something_is_in_them(
+    tmp_path: Path, in_use: bool
+) -> None:
+    (tmp_path / "a").mkdir()
+
+    async def fail_inside() -> None:
+        async with made_directories(str(tmp_path / "a" / "b" / "c")):
+            if in_use:
+                (tmp_path / "a" / "b" / "theirs").write_bytes(b"")
+            raise IoError(errno.ENOSPC, "image", "write", detail="no space")
+
+    with pytest.raises(IoError, match="no space"):
+        await fail_inside()
+    assert (tmp_path / "a").is_dir(), "it was there before"
+    assert (tmp_path / "a" / "b").exists() == in_use
+    assert not (tmp_path / "a" / "b" / "c").exists()

@@ -19,8 +19,8 @@ import os
 
 from fleecer import eager
 from fleecer.block.inflight import InFlight
-from fleecer.block.node import HOLE, ZERO, Extent, Limits, Node, merge_extents
-from fleecer.errors import IoError, UsageError, quoted
+from fleecer.block.node import HOLE, ZERO, Extent, Limits, Node, Problem, merge_extents
+from fleecer.errors import IoError, UsageError, quoted, told
 from fleecer.ranges import Buffer
 from fleecer.storage.api import Storage
 
@@ -159,6 +159,7 @@ class FileNode(Node):
             self._synced = covered
         except IoError as error:
             self._poison = error
+            self.give_up(Problem(told(self._poisoned(error))))
         finally:
             self._syncing = None
 

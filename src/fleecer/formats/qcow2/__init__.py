@@ -6,6 +6,7 @@ refcounts.py   refcounts of every width, references counted, a refcount structur
 compressed.py  one compressed cluster, unpacked within bounds
 snapshots.py, bitmaps.py   the tables of internal snapshots and of bitmaps, as far as they refer to clusters
 check.py       references against refcounts: corruptions and leaks; refcounts rebuilt
+truncation.py  whether the file was cut short
 create.py      a new image
 steps.py       how the pure walks ask for bytes
 """

@@ -14,8 +14,10 @@ from fleecer.formats.qcow2.header import (
     COMPRESSION_TYPE,
     COMPRESSION_ZSTD,
     EXTENSION_BACKING_FORMAT,
+    EXTENSION_DISK_SIZE,
     L1_ENTRIES_MAX,
     LAZY_REFCOUNTS,
+    SECTOR_BYTES,
     Extension,
     Header,
     l1_entries_needed,
@@ -51,22 +53,29 @@ def create_image(
 ) -> NewImage:
     """An image of `size` bytes that reads as its backing file, or as zeroes.
 
+    The header's size is rounded up to a multiple of 512, as QEMU would round it down; the true one is recorded too.
+
     `backing_file` is recorded as given, with its format, which is required: a format must never be guessed. Raises
     UsageError for what the format does not allow.
     """
     bits = _checked_cluster_bits(size, cluster_size)
     _check_features(version, refcount_bits, lazy_refcounts, compression)
     _check_backing(backing_file, backing_format)
+    virtual_size = align_up(size, SECTOR_BYTES)
     l1_size = max(l1_entries_needed(size, bits), 1)
     l1_clusters = align_up(l1_size * 8, cluster_size) >> bits
     references = References()
     references.add(0, 1 + l1_clusters)
     layout = lay_out_refcounts(references, refcount_bits.bit_length() - 1, bits, 1 + l1_clusters, "new image")
-    extensions = () if backing_format is None else (Extension(EXTENSION_BACKING_FORMAT, backing_format.encode()),)
+    extensions: list[Extension] = []
+    if backing_format is not None:
+        extensions.append(Extension(EXTENSION_BACKING_FORMAT, backing_format.encode()))
+    if virtual_size != size:
+        extensions.append(Extension(EXTENSION_DISK_SIZE, size.to_bytes(8, "big")))
     header = Header(
         version=version,
         cluster_bits=bits,
-        size=size,
+        size=virtual_size,
         l1_size=l1_size,
         l1_table_offset=cluster_size,
         refcount_table_offset=layout.table_offset,
@@ -76,7 +85,7 @@ def create_image(
         refcount_order=refcount_bits.bit_length() - 1,
         compression_type=_COMPRESSIONS[compression],
         backing_file=backing_file,
-        extensions=extensions,
+        extensions=tuple(extensions),
     )
     packed = header.pack()
     if len(packed) > cluster_size:

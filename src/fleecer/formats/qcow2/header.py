@@ -16,6 +16,7 @@ from fleecer.ranges import align_up
 from fleecer.units import KiB, MiB
 
 MAGIC: Final = 0x514649FB
+SECTOR_BYTES: Final = 512
 CLUSTER_BITS_MIN: Final = 9
 CLUSTER_BITS_MAX: Final = 21
 L1_BYTES_MAX: Final = 32 * MiB
@@ -38,6 +39,8 @@ EXTENSION_END: Final = 0
 EXTENSION_BACKING_FORMAT: Final = 0xE2792ACA
 EXTENSION_FEATURE_NAMES: Final = 0x6803F857
 EXTENSION_BITMAPS: Final = 0x23852875
+EXTENSION_DISK_SIZE: Final = 0x666C737A
+"""Fleecer's own, for others to ignore: the disk's size in bytes (8, big-endian), where that is no multiple of 512."""
 _ONCE = (EXTENSION_BACKING_FORMAT, EXTENSION_FEATURE_NAMES, EXTENSION_BITMAPS)
 
 COMPRESSION_DEFLATE: Final = 0
@@ -103,6 +106,19 @@ class Header:
     def refcounts_per_block(self) -> int:
         """Clusters that one refcount block counts."""
         return 1 << (self.cluster_bits + 3 - self.refcount_order)
+
+    @property
+    def disk_size(self) -> int:
+        """Bytes of the disk: `size`, which QEMU takes for a multiple of 512, less what was added to make it one.
+
+        A record that `size` contradicts, because somebody resized the image since, does not count.
+        """
+        record = self.extension(EXTENSION_DISK_SIZE)
+        if record is not None and len(record) == 8:
+            recorded = int.from_bytes(record, "big")
+            if 0 <= self.size - recorded < SECTOR_BYTES:
+                return recorded
+        return self.size
 
     @property
     def dirty(self) -> bool:

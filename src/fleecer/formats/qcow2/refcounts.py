@@ -107,6 +107,14 @@ class RefcountWidth:
             # Zero bytes across two entries: whether the second is free is seen at its own start.
             at += size - at % size
 
+    def find_last_used(self, data: bytes) -> int:
+        """The last index whose count is not 0, -1 if there is none."""
+        used = len(data.rstrip(b"\0"))
+        if self.order >= 3:
+            return (used - 1) // (self.bits >> 3)
+        # Lower indexes stand in a byte's lower bits.
+        return (used * 8 - 9 + data[used - 1].bit_length()) >> self.order if used else -1
+
     def free_run(self, data: Buffer, index: int, most: int) -> int:
         """How many counts from `index` on are 0, at most `most`."""
         most = min(most, self.entries_in(len(data)) - index)

@@ -4,9 +4,12 @@
     python -m fleecer.testing.sim --seconds 20 --from 5000
     python -m fleecer.testing.sim --seed 4711        one schedule, told step by step
     python -m fleecer.testing.sim --exhaust 3        every interleaving of every three operations
+    python -m fleecer.testing.sim --cuts 3           every power cut in every workload of up to three operations
+    python -m fleecer.testing.sim --faults           every fault at every request of some small programs
+    python -m fleecer.testing.sim --gauntlet         a bit of all that, until something fails; for mutants
     python -m fleecer.testing.sim --replay FILE      what was found before, one failure in a line
 
-A failure is made small, told, and printed as a line for the corpus. Exit status 1 if there was one.
+A failed schedule is made small, told, and printed as a line for the corpus. Exit status 1 if anything failed.
 """
 
 from __future__ import annotations
@@ -25,7 +28,10 @@ from typing import TypeVar
 from fleecer.testing.sim.cases import BATCH, Batch, draw_case, run_batch, run_seed
 from fleecer.testing.sim.exhaust import cases, exhaust_case, worlds
 from fleecer.testing.sim.explore import Figures
+from fleecer.testing.sim.faultpoints import FaultRuns, programs, run_fault_points
+from fleecer.testing.sim.gauntlet import gauntlet
 from fleecer.testing.sim.loop import SimLoop
+from fleecer.testing.sim.powercut import judge_workload, workloads
 from fleecer.testing.sim.shrink import Failure, replay, shrink_seed
 
 T = TypeVar("T")
@@ -44,12 +50,23 @@ def main(words: list[str] | None = None) -> int:
     chosen = parser.add_mutually_exclusive_group()
     chosen.add_argument("--seed", type=int, help="run one schedule and tell it")
     chosen.add_argument("--exhaust", type=int, metavar="N", help="visit all interleavings of every N operations")
+    chosen.add_argument("--cuts", type=int, metavar="N", help="cut the power in every workload of up to N operations")
+    chosen.add_argument("--faults", action="store_true", help="have every request fail in every way")
+    chosen.add_argument("--gauntlet", action="store_true", help="try a bit of everything, up to the first failure")
     chosen.add_argument("--replay", metavar="FILE", help="run every line of a corpus")
     options = parser.parse_args(words)
     if options.seed is not None:
         return _tell(options.seed)
     if options.exhaust is not None:
         return _exhaust(options.exhaust, options.jobs)
+    if options.cuts is not None:
+        return _cut_power(options.cuts, options.jobs)
+    if options.faults:
+        return _fail(options.jobs)
+    if options.gauntlet:
+        failure = gauntlet()
+        print(failure or "nothing found")
+        return 1 if failure else 0
     if options.replay is not None:
         return _replay(options.replay)
     return _search(options.first, options.seconds, options.count, options.jobs)
@@ -111,6 +128,37 @@ def _exhaust(size: int, jobs: int) -> int:
         )
     print(f"{total.runs} runs, {total.steps} steps in {time.monotonic() - began:.0f} s; {failures} violations")
     return 1 if failures else 0
+
+
+def _cut_power(size: int, jobs: int) -> int:
+    states = moments = failures = count = 0
+    began = time.monotonic()
+    for judged in _on_all(jobs, judge_workload, workloads(size)):
+        count += 1
+        states += judged.states
+        moments += judged.moments
+        if judged.error:
+            failures += 1
+            print(f"FAILED {judged.workload}: {judged.error}", flush=True)
+    seconds = time.monotonic() - began
+    print(
+        f"{count} workloads, {moments} moments, {states} media judged in {seconds:.0f} s; {failures} workloads failed"
+    )
+    return 1 if failures else 0
+
+
+def _fail(jobs: int) -> int:
+    total = FaultRuns()
+    began = time.monotonic()
+    for runs in _on_all(jobs, run_fault_points, programs()):
+        total.add(runs)
+        for failed in runs.failed:
+            print(f"FAILED {failed}", flush=True)
+    print(
+        f"{total.runs} fault runs in {time.monotonic() - began:.0f} s, "
+        f"{total.virtual_s / total.cpu_s:.0f} times faster than virtual time; {len(total.failed)} violations"
+    )
+    return 1 if total.failed else 0
 
 
 def _replay(path: str) -> int:

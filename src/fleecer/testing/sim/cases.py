@@ -15,7 +15,7 @@ Where there is no such snapshot nothing is done.
 
 Each actor does one thing after the other, all actors at once. `held` are made before, and the first `filled` sectors
 written (-1: all). `seed` decides times and tearing; `prompt` gives disks that take no time, so that the schedule alone
-decides. `over_nbd` puts a connection between everyone and the disk.
+decides. `over_nbd` puts a connection between everyone and the disk. `copy_timeout_s` bounds copies; 0: it does not.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Literal, get_args
 
+from fleecer.errors import FleecerError
 from fleecer.testing.sim.loop import Driver, Fifo, NamedLoop, Pct, Scheduler, Shuffle, SimLoop, simulate
 from fleecer.testing.sim.oracle import Violation
 from fleecer.testing.sim.world import Format, Held, Medium, World, make_world, prompt
@@ -51,6 +52,7 @@ class Case:
     prompt: bool = False
     inline: float = 0.0
     filled: int = -1
+    copy_timeout_s: float = 0.0
 
     def to_json(self) -> str:
         """One line that `from_json` reads."""
@@ -117,38 +119,43 @@ def draw_scheduler(seed: int) -> Scheduler:
     return Fifo() if kind < 0.5 else Pct(draw) if kind < 0.9 else Shuffle(draw)
 
 
-async def play(case: Case, trace: list[str] | None = None, *, run: Run | None = None) -> World:
+async def play(
+    case: Case, trace: list[str] | None = None, *, run: Run | None = None, medium: Medium | None = None
+) -> World:
     """Plays the case in the running loop. Raises Violation, or what an actor raised. Returns the world, closed."""
-    world = await _prepare(case, trace)
-    await (run or _all)([_act(world, actor) for actor in case.actors])
+    world = await _prepare(case, trace, medium)
+    await (run or _all)(world, [_act(world, actor) for actor in case.actors])
     await world.finish()
     return world
 
 
 Actors = list[Coroutine[Any, Any, None]]
-Run = Callable[[Actors], Coroutine[Any, Any, None]]
+Run = Callable[[World, Actors], Coroutine[Any, Any, None]]
 """Runs all the actors, and raises what they raise."""
 
 
-async def _all(actors: Actors) -> None:
-    await asyncio.gather(*_start(actors))
+async def _all(_world: World, actors: Actors) -> None:
+    await asyncio.gather(*start_actors(actors))
 
 
-def _start(actors: Actors) -> list[asyncio.Task[None]]:
+def start_actors(actors: Actors) -> list[asyncio.Task[None]]:
     """Each actor in a task whose name does not depend on how many others there are."""
     loop = asyncio.get_running_loop()
     return [loop.create_task(actor, name=f"actor {number}") for number, actor in enumerate(actors)]
 
 
-async def _prepare(case: Case, trace: list[str] | None) -> World:
+async def _prepare(case: Case, trace: list[str] | None, medium: Medium | None) -> World:
+    if medium is None:
+        medium = prompt(case.inline) if case.prompt else Medium(inline=case.inline)
     world = await make_world(
         random.Random(case.seed),
         format=case.format,
         clusters=case.clusters,
-        medium=prompt(case.inline) if case.prompt else Medium(inline=case.inline),
+        medium=medium,
         over_nbd=case.over_nbd,
         trace=trace,
     )
+    world.copy_timeout_s = case.copy_timeout_s
     filled = min(case.filled, world.history.sectors) if case.filled >= 0 else world.history.sectors
     if filled:
         await world.write(0, filled)
@@ -167,12 +174,22 @@ async def _act(world: World, operations: Sequence[str]) -> None:
             which, first, end = numbers
             if held := _pick(world.held, which):
                 await (world.read_snapshot if kind == "sread" else world.status_of_snapshot)(held, first, end)
-        elif kind == "sstart":
+        else:
+            await _operate(world, kind)
+
+
+async def _operate(world: World, kind: str) -> None:
+    try:
+        if kind == "sstart":
             await world.take()
         elif kind == "jstart":
             await world.fleece()
         elif held := _pick([one for one in world.held if (one.job is not None) == (kind == "jcancel")], 0):
             await world.end(held)
+    except FleecerError as error:
+        world.say(f"{kind} fails: {error}")
+        if not world.failed():
+            raise
 
 
 def _pick(held: list[Held], which: int) -> Held | None:
@@ -231,8 +248,8 @@ def run_directed(case: Case, driver: Driver, *, trace: list[str] | None = None, 
     """Plays a case on prompt disks, each step of its actors chosen by `driver`. Raises as `run_seed`."""
     loop = loop or NamedLoop(steps_max=100_000)
 
-    async def directed(actors: Actors) -> None:
-        tasks = _start(actors)
+    async def directed(_world: World, actors: Actors) -> None:
+        tasks = start_actors(actors)
         loop.direct(driver)
         await loop.quiescent()
         for task in tasks:

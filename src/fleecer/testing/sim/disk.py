@@ -10,7 +10,8 @@ Fault model
 - A sync that fails loses: what it should have made durable stays in doubt for ever, though later syncs succeed. That is
   how Linux does it (the pages are marked clean).
 - A request may fail (EIO, ENOSPC), a write that fails has changed any part of its range. It may stall for minutes. A
-  storage does not do short reads or writes; it loops (storage/api.py), so a short one is a failure in the midst.
+  short one is done in the midst of other requests, in two parts: a storage does the rest itself (storage/api.py).
+- A request cannot be cancelled: whoever is cancelled while waiting for one hears of it when it has ended.
 - Bits may flip in what is read: then the read returns wrong data and says nothing.
 
 `Faults` says which request fails how; `record` keeps a log from which `crash_states` makes media.
@@ -34,7 +35,7 @@ SECTOR_BYTES = 512
 PAGE_BYTES = 4096
 STALL_S = 300.0
 
-Kind = Literal["EIO", "ENOSPC", "stall", "flip"]
+Kind = Literal["EIO", "ENOSPC", "short", "stall", "flip"]
 Latency = Callable[[], float]
 
 
@@ -73,6 +74,11 @@ class Faults:
                 self._stuck[operation] = kind
         return kind
 
+    def stop(self) -> None:
+        """No more faults."""
+        self.at.clear()
+        self._stuck.clear()
+
     def spares(self, operation: str) -> bool:
         """Whether the request submitted now has no fault; then it is counted."""
         if self.seen in self.at or operation in self._stuck:
@@ -91,6 +97,17 @@ class _Write:
     ended: int | None = None
     durable_at: int | None = None
     in_doubt: bool = False
+
+
+class _Moment(asyncio.Future[None]):
+    """A request under way cannot be cancelled (storage/api.py): whoever waits hears of that when it has ended."""
+
+    def cancel(self, msg: object = None) -> bool:
+        return False
+
+    def come(self) -> None:
+        """It is there."""
+        self.set_result(None)
 
 
 class SimDisk:
@@ -163,12 +180,12 @@ class SimDisk:
         try:
             await self._pass(fault)
             data = bytearray(length)
-            cut = self._tear(offset, length)
+            cut = self._tear(offset, length, fault)
             self._copy_out(data, offset, offset, cut)
             if cut < offset + length:
-                await asyncio.sleep(self._latency())
+                await self._wait(self._latency())
                 self._copy_out(data, offset, cut, offset + length)
-            await asyncio.sleep(self._latency())
+            await self._wait(self._latency())
             self._raise("read", fault, offset, length)
             if fault == "flip":
                 data[self._generator.randrange(length)] ^= 1 << self._generator.randrange(8)
@@ -201,7 +218,7 @@ class SimDisk:
                     write.in_doubt = True
             self._raise("sync", fault, 0, 0)
             self._synced(covered)
-            await asyncio.sleep(self._latency())
+            await self._wait(self._latency())
         finally:
             self._end("sync", 0, 0)
 
@@ -212,7 +229,7 @@ class SimDisk:
             await self._pass(fault)
             self._raise("status", fault, offset, length)
             runs = self._look(offset, length)
-            await asyncio.sleep(self._latency())
+            await self._wait(self._latency())
             return runs
         finally:
             self._end("status", offset, length)
@@ -233,15 +250,15 @@ class SimDisk:
             end = offset + len(data)
             if end > max(self._size_max, len(self.data)) or (end > len(self.data) and not self.limits.growable):
                 fault = "ENOSPC"
-            cut = self._tear(offset, len(data))
+            cut = self._tear(offset, len(data), fault)
             self._put(offset, data[: cut - offset])
             if fault in ("EIO", "ENOSPC"):
                 write.in_doubt = True
             self._raise(operation, fault, offset, len(data))
             if cut < end:
-                await asyncio.sleep(self._latency())
+                await self._wait(self._latency())
                 self._put(cut, data[cut - offset :])
-            await asyncio.sleep(self._latency())
+            await self._wait(self._latency())
             self._position += 1
             write.ended = self._position
         finally:
@@ -272,7 +289,17 @@ class SimDisk:
             self._trace(f"    {self.name}: {what}")
 
     async def _pass(self, fault: Kind | None) -> None:
-        await asyncio.sleep(STALL_S if fault == "stall" else self._latency())
+        await self._wait(STALL_S if fault == "stall" else self._latency())
+
+    @staticmethod
+    async def _wait(delay_s: float) -> None:
+        if not delay_s:
+            await asyncio.sleep(0)
+            return
+        loop = asyncio.get_running_loop()
+        moment = _Moment(loop=loop)
+        loop.call_later(delay_s, moment.come)
+        await moment
 
     def _raise(self, operation: str, fault: Kind | None, offset: int, length: int) -> None:
         if fault in ("EIO", "ENOSPC"):
@@ -282,10 +309,12 @@ class SimDisk:
         self.in_flight -= 1
         self._say(f"{operation} {offset}+{length} done")
 
-    def _tear(self, offset: int, length: int) -> int:
+    def _tear(self, offset: int, length: int, fault: Kind | None) -> int:
         """Where the request is cut in two: the end if it is not."""
         end = offset + length
         first = align_up(offset + 1, SECTOR_BYTES)
+        if fault == "short" and first < end:
+            return first
         if first >= end or not self._tearing or self._generator.random() < 0.5:
             return end
         return self._generator.randrange(first, end, SECTOR_BYTES)

@@ -56,8 +56,8 @@ class Found:
     error: str = ""
 
 
-def exhaust_case(case: Case) -> Found:
-    """Visits all interleavings of the case, or goes on to the first that fails; that is made small."""
+def exhaust_case(case: Case, *, small: bool = True) -> Found:
+    """Visits all interleavings of the case up to the first that fails; that is made `small`."""
     explorer = Explorer()
     try:
         explorer.explore(functools.partial(_run, case))

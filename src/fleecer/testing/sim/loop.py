@@ -32,7 +32,7 @@ import contextlib
 import heapq
 import random
 from collections import deque
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
 T = TypeVar("T")
@@ -209,6 +209,7 @@ class NamedLoop(SimLoop):
         self._names: dict[int, tuple[str, int]] = {}  # of the handles still to run, by id
         self._step = -1  # since the driver came
         self._directed = False
+        self._before: dict[str, list[Any]] = {}
         self._quiet: asyncio.Future[None] | None = None
 
     def fresh_name(self) -> str:
@@ -241,6 +242,10 @@ class NamedLoop(SimLoop):
         self._step = -1
         self._names = {key: (name, -1) for key, (name, _) in self._names.items()}
 
+    def at_step(self, name: str, number: int, do: Callable[[], object]) -> None:
+        """Has `do` called before step `number` of the task of that name, counted from 0."""
+        self._before[name] = [number, do]
+
     async def quiescent(self) -> None:
         """Returns when nothing is ready but what waits for this."""
         self._quiet = self.create_future()
@@ -253,6 +258,13 @@ class NamedLoop(SimLoop):
 
     def _name(self, handle: Any) -> str:
         return self._names[id(handle)][0] or str(handle._callback.__self__.get_name())
+
+    def _count_down(self, name: str) -> None:
+        waiting = self._before[name]
+        waiting[0] -= 1
+        if waiting[0] < 0:
+            del self._before[name]
+            waiting[1]()
 
     def _collect_timers(self) -> None:
         if self._quiet is not None and all(handle._cancelled for handle in self._ready):
@@ -281,6 +293,8 @@ class NamedLoop(SimLoop):
         del self._names[id(handle)]
         if not isinstance(handle, asyncio.TimerHandle):
             self.order.append(self.current)
+            if self.current in self._before:
+                self._count_down(self.current)
         handle._run()
         if self._directed and self.driver is not None:
             self.driver.stepped()

@@ -9,13 +9,15 @@ counted in calls and returns, not seconds: what returned before something was ca
                reads of it, and every status that says zero, agree on which
     failed     a write that failed may show, or not, from its beginning on for ever, torn or whole
     discard    each sector keeps its value or becomes zero
+    power cut  a sector reads as a change that had begun, and that no other replaced that was flushed: one that began
+               after the first returned, and itself returned before a flush was called that returned before the cut
 """
 
 from __future__ import annotations
 
 import dataclasses
 import struct
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 SECTOR_BYTES = 512
 _STAMP = struct.Struct("<QQ")
@@ -42,7 +44,10 @@ def read_stamp(data: bytes, sector: int) -> int:
 
 @dataclasses.dataclass(slots=True)
 class Change:
-    """A write, zero or discard of sectors [first, end). `number` is what it leaves."""
+    """A write, zero or discard of sectors [first, end). `number` is what it leaves.
+
+    `begun_at` and `durable_at` are moments of `History.clock`: when it was called, and when a flush of it returned.
+    """
 
     number: int
     first: int
@@ -51,6 +56,8 @@ class Change:
     ended: int | None = None
     keeps: bool = False  # a discard may leave what was there
     failed: bool = False
+    begun_at: int = 0
+    durable_at: int | None = None
 
 
 class History:
@@ -59,8 +66,11 @@ class History:
     def __init__(self, sectors: int, initial: dict[int, int] | None = None) -> None:
         self.sectors = sectors
         self.now = 1
+        self.clock: Callable[[], int] = int
         self._number = 0
-        start = [Change((initial or {}).get(sector, 0), sector, sector + 1, 0, 0) for sector in range(sectors)]
+        start = [
+            Change((initial or {}).get(sector, 0), sector, sector + 1, 0, 0, durable_at=0) for sector in range(sectors)
+        ]
         self._of: list[list[Change]] = [[change] for change in start]
 
     def tick(self) -> int:
@@ -77,7 +87,7 @@ class History:
         if not zero and not discard:
             self._number += 1
         number = 0 if zero or discard else self._number
-        change = Change(number, first, end, self.tick(), keeps=discard)
+        change = Change(number, first, end, self.tick(), keeps=discard, begun_at=self.clock())
         for sector in range(first, end):
             self._of[sector].append(change)
         return change
@@ -87,6 +97,36 @@ class History:
         change.failed = failed
         if not failed:
             change.ended = self.tick()
+
+    def begin_flush(self) -> list[Change]:
+        """A flush is called. Gives what it covers, for `finish_flush`."""
+        return [change for changes in self._of for change in changes if change.ended is not None]
+
+    def finish_flush(self, covered: Iterable[Change]) -> None:
+        """It has returned, and not failed."""
+        moment = self.clock()
+        for change in covered:
+            if change.durable_at is None:
+                change.durable_at = moment
+
+    def flushes_before(self, moment: int) -> int:
+        """How many flushed changes of sectors a power cut at that moment must leave."""
+        return sum(
+            change.durable_at is not None and change.durable_at <= moment for changes in self._of for change in changes
+        )
+
+    def check_after_cut(self, moment: int, data: bytes) -> None:
+        """Raises Violation unless the disk may read as `data` after a power cut at that moment of `clock`."""
+        for sector, found in _stamps(0, data):
+            begun = [change for change in self._of[sector] if change.begun_at <= moment]
+            durable = [c for c in begun if not c.keeps and c.durable_at is not None and c.durable_at <= moment]
+            allowed = {
+                change.number
+                for change in begun
+                if change.ended is None or not any(other.began > change.ended for other in durable)
+            }
+            if found not in allowed:
+                raise Violation(f"sector {sector} reads as write {found} after a cut; allowed: {sorted(allowed)}")
 
     def allowed(self, sector: int, began: int) -> set[int]:
         """What a read of the sector may give that was called at `began` and returns now."""

@@ -6,11 +6,13 @@ here are what a schedule is made of. Each checks what it gets against the oracle
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import dataclasses
 import functools
 import random
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Coroutine, Mapping
+from typing import Any, Literal
 
 from fleecer.block.copier import OnError, Snapshot
 from fleecer.block.edge import Edge
@@ -21,14 +23,14 @@ from fleecer.block.nodes.file import FileNode
 from fleecer.block.nodes.nbd import NbdNode
 from fleecer.block.nodes.qcow2 import check_qcow2, open_qcow2, read_header
 from fleecer.block.nodes.snapshot_access import SnapshotAccessNode
-from fleecer.errors import FleecerError
+from fleecer.errors import FleecerError, JobError
 from fleecer.export import Export
 from fleecer.export.server import Server
 from fleecer.formats.qcow2.create import create_image
 from fleecer.jobs import BackupJob, BackupRequest, JobTable, start_backups
 from fleecer.net.nbd_client import NbdClient
 from fleecer.ranges import Buffer
-from fleecer.testing.sim.disk import Faults, Latency, SimDisk
+from fleecer.testing.sim.disk import STALL_S, Faults, Latency, SimDisk
 from fleecer.testing.sim.oracle import SECTOR_BYTES, Change, History, SnapshotOracle, Violation, stamp
 from fleecer.testing.streams import memory_streams
 
@@ -75,6 +77,8 @@ class World:
         self.guest_failures = 0
         self.copy_timeout_s = 0.0
         self.on_error: OnError = "break-snapshot"
+        self.faults = medium.faults
+        self.slowest_s = 0.0  # the longest that a guest's request took
         self._medium = medium
         self._trace = trace
         self._serial = 0
@@ -84,15 +88,15 @@ class World:
         if self._trace is not None:
             self._trace.append(line)
 
-    def disk(self, content: int | bytes, name: str, *, faults: Faults | None = None, image: bool = False) -> SimDisk:
-        """A new simulated disk; with `image` the one that `Medium.faults` and `record` are about."""
+    def disk(self, content: int | bytes, name: str, *, image: bool = False) -> SimDisk:
+        """A new simulated disk; with `image` the one that `Medium.record` is about."""
         medium = self._medium
         disk = SimDisk(
             content,
             self.generator,
             name=name,
             latency=medium.latency() if medium.latency is not None else None,
-            faults=medium.faults if image else faults,
+            faults=self.faults.get(name),
             record=medium.record and image,
             tearing=medium.tearing,
             inline=medium.inline,
@@ -145,16 +149,25 @@ class World:
         self.say(f"guest discards sectors {first}..{end - 1}")
         await self._change(change, self.top.discard(first * SECTOR_BYTES, (end - first) * SECTOR_BYTES))
 
-    async def _change(self, change: Change, request: object) -> None:
+    async def _change(self, change: Change, request: Coroutine[Any, Any, None]) -> None:
+        began_s = self._now_s()
         try:
-            await request  # type: ignore[misc]
-        except FleecerError as error:
+            await request
+        except (FleecerError, asyncio.CancelledError) as error:
+            self.history.finish(change, failed=True)
+            if not isinstance(error, FleecerError):
+                raise
             self.guest_failures += 1
             self.say(f"  which fails: {error}")
-            self.history.finish(change, failed=True)
         else:
-            self.say(f"  change of sectors {change.first}..{change.end - 1} done")
             self.history.finish(change)
+            self.say(f"  change of sectors {change.first}..{change.end - 1} done")
+        finally:
+            self.slowest_s = max(self.slowest_s, self._now_s() - began_s)
+
+    @staticmethod
+    def _now_s() -> float:
+        return asyncio.get_running_loop().time()
 
     async def read(self, first: int, end: int) -> None:
         """Reads, and checks what comes."""
@@ -169,11 +182,15 @@ class World:
 
     async def flush(self) -> None:
         """Flushes."""
+        covered = self.history.begin_flush()
         try:
             await self.top.flush()
         except FleecerError as error:
             self.guest_failures += 1
             self.say(f"guest's flush fails: {error}")
+        else:
+            self.history.finish_flush(covered)
+            self.say("guest has flushed")
 
     # Snapshots.
 
@@ -193,10 +210,12 @@ class World:
             on_error=self.on_error,
             cluster_size_bytes=CLUSTER_BYTES,
         )
-        (fleece,) = await cut(self.graph, [plan], timeout_s=1e9)
-        oracle = SnapshotOracle(
-            name, self.history.image(answers_on_the_way=self.server is not None)
-        )  # nothing has run since the instant
+        try:
+            (fleece,) = await cut(self.graph, [plan], timeout_s=1e9)
+        except BaseException:
+            await self.graph.drain_and_detach(edge)
+            raise
+        oracle = SnapshotOracle(name, self._image())
         self.say(f"snapshot {name} taken")
         below = self.graph.attach(fleece.filter, f"snapshot {name}", SNAPSHOT_ROLE)
         access = SnapshotAccessNode(self.graph.fresh_name(), below, fleece.copier, fleece.snapshot)
@@ -212,18 +231,29 @@ class World:
         disk = target or self.disk(_empty_image(self.size), f"target-{name}")
         file = self.graph.attach(self.add(disk), f"node {name}", "file", writable=True, may_grow=True)
         backing = self.graph.attach(self.node, f"node {name}", "backing")
-        header = await read_header(file, name)
-        node = await open_qcow2(file, name=name, header=header, backing=backing, read_only=False)
+        try:
+            header = await read_header(file, name)
+            node = await open_qcow2(file, name=name, header=header, backing=backing, read_only=False)
+        except BaseException:
+            for edge in (file, backing):
+                await self.graph.drain_and_detach(edge)
+            raise
         self.graph.add(node, named=False)
         reader = self.graph.attach(node, f"export {name}", "nbd")
-        instants: list[list[set[int]]] = []
         request = BackupRequest(name, self.node, node, "none", timeout_s=self.copy_timeout_s, on_error=self.on_error)
-        (job,) = await start_backups(self.graph, self.jobs, [request], lambda *_: None)
-        instants.append(self.history.image(answers_on_the_way=self.server is not None))
+        try:
+            (job,) = await start_backups(self.graph, self.jobs, [request], lambda *_: None)
+        except BaseException:
+            await self.graph.drain_and_detach(reader)
+            raise
+        oracle = SnapshotOracle(name, self._image())
         self.say(f"job {name} started")
-        oracle = SnapshotOracle(name, instants[0])
         held = Held(name, reader, await self.door(name, reader), oracle, job.fleece.snapshot, job.fleece, job)
         return self._hold(held)
+
+    def _image(self) -> list[set[int]]:
+        """What the disk is now, when a cut has just returned and nothing has run since."""
+        return self.history.image(answers_on_the_way=self.server is not None)
 
     def _hold(self, held: Held) -> Held:
         self.held.append(held)
@@ -271,7 +301,8 @@ class World:
         self.say(f"{held.name} is being ended")
         self.held.remove(held)
         if held.job is not None:
-            await held.job.cancel()
+            with contextlib.suppress(JobError):  # it ended by itself: its target failed
+                await held.job.cancel()
             await self.shut(held.name, held.door, held.edge)
         else:
             await self.shut(held.name, held.door, held.edge)
@@ -292,20 +323,47 @@ class World:
             await self.read_snapshot(held, 0, sectors)
             await self.end(held)
         await self.flush()
-        if self.edge.node is not self.node:
-            raise Violation("a filter stays above the disk")
-        for edge in self.graph.parents(self.node):
-            if edge.busy:
-                raise Violation(f"{edge} has {edge.busy} requests in flight at the end")
-        if self.jobs.jobs():
-            raise Violation("a job stays behind")
+        for _ in range(100):  # what was ended while a disk stalled is given back when that answers
+            left = self._left()
+            if not left:
+                break
+            await asyncio.sleep(STALL_S)
+        else:
+            raise Violation(left)
         await self.shut("disk", self.top, self.edge)
-        await self.graph.close()
+        await self._close()
         for disk in self.disks:
             if disk.in_flight:
                 raise Violation(f"{disk.name} has {disk.in_flight} requests in flight at the end")
         if self.node.driver == "qcow2":
             await self._check_image()
+        await self._all_has_ended()
+
+    def _left(self) -> str:
+        """What has not gone although every snapshot was ended; "" if all has."""
+        if self.edge.node is not self.node:
+            return "a filter stays above the disk"
+        for edge in self.graph.parents(self.node):
+            if edge.busy:
+                return f"{edge} has {edge.busy} requests in flight at the end"
+        return "a job stays behind" if self.jobs.jobs() else ""
+
+    async def _all_has_ended(self) -> None:
+        """What was given up may go on for minutes, but not for ever."""
+        me = asyncio.current_task()
+        for _ in range(100):
+            others = [task for task in asyncio.all_tasks() if task is not me]
+            if not others:
+                return
+            await asyncio.sleep(STALL_S)
+        raise Violation(f"a task stays behind: {others[0].get_name()}")
+
+    async def _close(self) -> None:
+        try:
+            await self.graph.close()
+        except FleecerError as error:
+            if not self.failed():
+                raise Violation(f"closing failed: {error}") from error
 
     async def _check_image(self) -> None:
         storage = SimDisk(bytes(self.image.data), self.generator, name="checked", latency=lambda: 0.0)
@@ -320,10 +378,11 @@ class BareNode(Node):
 
     driver = "bare"
 
-    __slots__ = ("_storage",)
+    __slots__ = ("_poison", "_storage")
 
     def __init__(self, name: str, storage: SimDisk) -> None:
         super().__init__(name, storage.size, limits=Limits(request_alignment_bytes=1), read_only=False)
+        self._poison: FleecerError | None = None
         self._storage = storage
 
     async def pread(self, offset: int, length: int) -> Buffer:
@@ -344,8 +403,14 @@ class BareNode(Node):
         await self._storage.discard(offset, length)
 
     async def flush(self) -> None:
-        """See `Node.flush`."""
-        await self._storage.sync()
+        """See `Node.flush`. The first that fails is final."""
+        if self._poison is None:
+            try:
+                await self._storage.sync()
+            except FleecerError as error:
+                self._poison = error
+        if self._poison is not None:
+            raise self._poison
 
     async def block_status(self, offset: int, length: int) -> list[Extent]:
         """See `Node.block_status`."""
@@ -357,14 +422,15 @@ class BareNode(Node):
 class Medium:
     """What the disks of a world are like: how long requests take, whether they tear, how many are done at once.
 
-    `latency` makes a source of times for each disk; None for heavy-tailed ones. `faults` are the image's, `record`
-    keeps its log for power cuts.
+    `latency` makes a source of times for each disk; None for heavy-tailed ones. `faults` are by name of
+    the disk ("image" and "disk" for the guest's, "base", "scratch-s1", "target-b1"), `record` keeps the log of the
+    guest's image for power cuts.
     """
 
     latency: Callable[[], Latency] | None = None
     tearing: bool = True
     inline: float = 0.0
-    faults: Faults | None = None
+    faults: Mapping[str, Faults] = dataclasses.field(default_factory=dict)
     record: bool = False
 
 

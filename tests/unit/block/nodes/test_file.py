@@ -12,7 +12,7 @@ import pytest
 
 from fleecer import eager
 from fleecer.block.edge import Edge
-from fleecer.block.node import HOLE, ZERO, Extent
+from fleecer.block.node import HOLE, ZERO, Extent, Node, Problem
 from fleecer.block.nodes.file import FileNode
 from fleecer.errors import IoError, UsageError
 from fleecer.ranges import Buffer, is_zero
@@ -238,6 +238,21 @@ async def test_the_first_failed_flush_is_final() -> None:
     with pytest.raises(IoError):
         await Edge(node, "the test", "disk", writable=True).pwrite(0, b"x", fua=True)
     assert await node.pread(0, 1) == b"x"
+
+
+async def test_a_node_whose_flush_failed_tells_once_why_it_was_given_up() -> None:
+    storage = FaultyStorage(MemoryStorage(8192))
+    storage.fail("flush", times=None)
+    node = FileNode("disk0", storage)
+    told: list[Node] = []
+    node.on_problem = told.append
+    assert node.problem is None
+    for _ in range(2):
+        with pytest.raises(IoError) as caught:
+            await node.flush()
+    node.give_up(Problem("something that came of it"))
+    assert told == [node]
+    assert node.problem == Problem(str(caught.value))
 
 
 async def test_every_flush_that_waited_for_a_failed_sync_fails() -> None:

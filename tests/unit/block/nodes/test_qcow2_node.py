@@ -644,7 +644,7 @@ async def test_a_dirty_image_gets_its_refcounts_rebuilt_when_opened_for_writing(
 
 async def test_a_dirty_image_with_a_damaged_table_is_refused_and_not_changed() -> None:
     storage, l2 = await image_with_data()
-    patched(storage, l2 + 16, COPIED | 1 << 44)
+    patched(storage, l2 + 16, COPIED | 1 << 44 | 512)
     patched(storage, INCOMPATIBLE_FIELD, DIRTY)
     before = bytes(storage.data)
     with pytest.raises(CorruptImage, match="cannot be rebuilt"):

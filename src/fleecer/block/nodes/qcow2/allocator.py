@@ -10,6 +10,7 @@ Invariants:
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import struct
@@ -22,6 +23,8 @@ from fleecer.errors import CorruptImage, FleecerError, IoError
 from fleecer.formats.qcow2.header import REFCOUNT_TABLE_BYTES_MAX, REFCOUNT_TABLE_FIELD
 from fleecer.formats.qcow2.refcounts import RefcountWidth
 from fleecer.formats.qcow2.tables import encode_table
+
+_RELEASES_BETWEEN_TURNS = 4096
 
 
 class Run(NamedTuple):
@@ -89,7 +92,8 @@ class Allocator:
         # Waits only when it raises.
         for cluster in range(first, first + count):
             if cluster << self._bits in self._image.metadata:
-                raise await self._image.corrupt(f"refcounts call the metadata cluster at {cluster << self._bits} free")
+                at, size = cluster << self._bits, 1 << self._bits
+                raise await self._image.corrupt(f"refcounts call the metadata cluster at {at} free", (at, size))
 
     def free(self, offset: int, count: int = 1) -> None:
         """Takes back one use of each of `count` clusters. They can be used again after the next commit."""
@@ -111,8 +115,12 @@ class Allocator:
         Those that are then unused are discarded in the file first, if that was asked for.
         """
         emptied: set[int] = set()
+        seen = 0
         for first, count in freed:
             for cluster in range(first, first + count):
+                seen += 1
+                if seen % _RELEASES_BETWEEN_TURNS == 0:
+                    await asyncio.sleep(0)
                 slice_ = await self._fetch(cluster)
                 refcount = self._width.get(slice_.data, cluster % self._per_slice)
                 if not refcount or cluster in emptied:
@@ -127,7 +135,9 @@ class Allocator:
         ordered = sorted(emptied)
         if self._discard_freed:
             await self._discard(ordered)
-        for cluster in ordered:
+        for number, cluster in enumerate(ordered, 1):
+            if number % _RELEASES_BETWEEN_TURNS == 0:
+                await asyncio.sleep(0)
             slice_ = await self._fetch(cluster)
             self._width.put(slice_.data, cluster % self._per_slice, 0)
             self.cache.mark_dirty(slice_)
@@ -168,7 +178,7 @@ class Allocator:
             raise await self._image.corrupt(f"cluster at {cluster << self._bits} is in use without a refcount")
         if block % (1 << self._bits) or block >= self._image.file.size:
             problem = f"refcount table entry {number} is {block}: misaligned or past the file's end"
-            raise CorruptImage(self._image.name, problem)
+            raise CorruptImage(self._image.path, problem)
         return await self.cache.fetch(block + at // self._per_slice * self.cache.slice_bytes)
 
     async def _cover(self, number: int) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from errno import EIO
 from typing import NamedTuple
 
+from fleecer import eager
 from fleecer.block.nodes.qcow2.allocator import Allocator
 from fleecer.block.nodes.qcow2.image import Image
 from fleecer.block.nodes.qcow2.metadata import Slice, SliceCache
@@ -85,14 +86,15 @@ class Committer:
         wanted = self._begun + 1
         while self._finished < wanted:
             self._image.check_failure("flush")
+            if not self._running:
+                # In a task of its own where it has to wait: who is cancelled must not stop it half-way.
+                eager.start(self._run())
             if self._running:
-                if self._waiting is None:
-                    self._waiting = asyncio.get_running_loop().create_future()
-                await self._waiting
-            else:
-                await self._run()
+                self._waiting = self._waiting or asyncio.get_running_loop().create_future()
+                await asyncio.shield(self._waiting)
 
     async def _run(self) -> None:
+        """One commit. A failure is left in the image, for all who wait."""
         self._running = True
         self._begun += 1
         try:
@@ -100,16 +102,12 @@ class Committer:
                 await self._commit()
             else:
                 await self._image.file.flush()
-        except BaseException as error:
-            cause = (
-                error
-                if isinstance(error, FleecerError)
-                else IoError(EIO, self._image.name, "flush", detail=told(error))
-            )
-            self._image.poison(cause)
-            raise
-        else:
             self._finished = self._begun
+        except FleecerError as error:
+            self._image.poison(error)
+        except BaseException as error:
+            self._image.poison(IoError(EIO, self._image.name, "flush", detail=told(error)))
+            raise
         finally:
             self._running = False
             if self._waiting is not None:

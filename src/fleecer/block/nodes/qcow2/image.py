@@ -11,8 +11,10 @@ from __future__ import annotations
 import errno
 import struct
 from array import array
+from collections.abc import Callable
 
 from fleecer.block.edge import Edge
+from fleecer.block.node import Problem
 from fleecer.errors import CorruptImage, FleecerError, IoError, told
 from fleecer.formats.qcow2.header import AUTOCLEAR_FIELD, CORRUPT, INCOMPATIBLE_FIELD, Header
 from fleecer.formats.qcow2.tables import COPIED, OFFSET_MASK, Mapping
@@ -20,13 +22,20 @@ from fleecer.ranges import Buffer
 
 
 class Image:
-    """One open qcow2 image. `name` is the node's; `l1` is the active L1 table, `l1_dirty` what of it is not stored."""
+    """One open qcow2 image. `l1` is the active L1 table, `l1_dirty` what of it is not stored.
 
-    def __init__(self, name: str, file: Edge, header: Header, l1: array[int], refcount_table: array[int]) -> None:
+    `name` is the node's, for requests that fail; `path` what the user calls the file, for what is wrong with it.
+    `on_failure` is called once, when the image is given up.
+    """
+
+    def __init__(
+        self, name: str, path: str, file: Edge, header: Header, l1: array[int], refcount_table: array[int]
+    ) -> None:
         self.name = name
+        self.path = path
         self.file = file
         self.header = header
-        self.mapping = Mapping(header, name)
+        self.mapping = Mapping(header, path)
         self.l1 = l1
         self.l1_dirty: set[int] = set()
         self.refcount_table = refcount_table
@@ -34,6 +43,7 @@ class Image:
         self.metadata: set[int] = set()
         self.accepts_writes = False
         self.failure: FleecerError | None = None
+        self.on_failure: Callable[[Problem], None] | None = None
         self._incompatible = header.incompatible_features
 
     async def read(self, offset: int, length: int) -> Buffer:
@@ -65,7 +75,7 @@ class Image:
         ):
             for offset in offsets:
                 if offset in known:
-                    raise await self.corrupt(f"{kind} at {offset} lies in other metadata")
+                    raise await self.corrupt(f"{kind} at {offset} lies in other metadata", (offset, size))
                 known.add(offset)
         self.accepts_writes = True
 
@@ -78,31 +88,37 @@ class Image:
             self.poison(error)
             raise
 
-    def poison(self, error: FleecerError) -> None:
+    def poison(self, error: FleecerError, span: tuple[int, int] | None = None) -> None:
         """Refuses every write and flush from now on: what the file holds is known only after it is opened anew."""
         self.accepts_writes = False
-        self.failure = self.failure or error
+        if self.failure is None:
+            self.failure = error
+            if self.on_failure is not None:
+                self.on_failure(Problem(told(error), isinstance(error, CorruptImage), span))
 
     def check_failure(self, operation: str) -> None:
         """Raises if the image was given up."""
         failure = self.failure
         if isinstance(failure, CorruptImage):
-            raise CorruptImage(self.name, f"{operation} refused: {failure.problem}")
+            raise CorruptImage(self.path, f"{operation} refused: {failure.problem}")
         if failure is not None:
             detail = f"given up after an earlier failure ({told(failure)}); reopen the image"
             raise IoError(failure.errno or errno.EIO, self.name, operation, detail=detail)
 
-    async def corrupt(self, problem: str) -> CorruptImage:
-        """Gives the image up as corrupt, marks it so in the file (version 3), and returns the error to raise."""
+    async def corrupt(self, problem: str, span: tuple[int, int] | None = None) -> CorruptImage:
+        """Gives the image up as corrupt, marks it so in the file (version 3), and returns the error to raise.
+
+        `span` is the host offset and length of what was met, where that is known.
+        """
         first = self.failure is None
-        error = CorruptImage(self.name, f"{problem}; repair the image with qemu-img check -r all before writing to it")
-        self.poison(error)
+        error = CorruptImage(self.path, f"{problem}; repair the image with qemu-img check -r all before writing to it")
+        self.poison(error, span)
         if first and self.header.version >= 3:
             self._incompatible |= CORRUPT
             try:
                 await self.patch_header(INCOMPATIBLE_FIELD, struct.pack(">Q", self._incompatible))
             except FleecerError as failure:
-                return CorruptImage(self.name, f"{error.problem}; marking it corrupt failed: {told(failure)}")
+                return CorruptImage(self.path, f"{error.problem}; marking it corrupt failed: {told(failure)}")
         return error
 
     async def check_overlap(self, host: int, length: int) -> None:
@@ -110,4 +126,4 @@ class Image:
         size = self.header.cluster_size
         for offset in range(host & -size, host + length, size):
             if offset in self.metadata:
-                raise await self.corrupt(f"data was to be written over metadata at {offset}")
+                raise await self.corrupt(f"data was to be written over metadata at {offset}", (offset, size))

@@ -11,28 +11,54 @@ from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable
 from typing import Generic, TypeVar
 
+from fleecer import eager
+
 T = TypeVar("T")
 
 
 class SingleFlight:
-    """Lets one of several callers do a piece of work; the others wait for its end, whatever that is."""
+    """Lets one of several callers have a piece of work done; the others wait for its end, whatever that is.
+
+    The work goes on to its end also when whoever wanted it is cancelled: it must not stop half-way.
+    """
 
     def __init__(self) -> None:
-        self._running: dict[Hashable, asyncio.Future[None]] = {}
+        self._flights: dict[Hashable, _Flight] = {}
 
     async def run(self, key: Hashable, work: Callable[[], Awaitable[None]]) -> None:
-        """Does `work`, or waits until who is doing it for `key` has ended or failed. Callers check again afterwards."""
-        running = self._running.get(key)
-        if running is not None:
-            await running
+        """Has `work` done, or waits until what is done for `key` has ended or failed. Callers check again afterwards.
+
+        Raises what the work raised, to whoever had it done.
+        """
+        flight = self._flights.get(key)
+        if flight is not None:
+            await asyncio.shield(flight.over)
             return
-        done = self._running[key] = asyncio.get_running_loop().create_future()
+        flight = self._flights[key] = _Flight()
+        eager.start(self._perform(key, flight, work))
+        if not flight.over.done():
+            await asyncio.shield(flight.over)
+        if flight.error is not None:
+            raise flight.error
+
+    async def _perform(self, key: Hashable, flight: _Flight, work: Callable[[], Awaitable[None]]) -> None:
         try:
             await work()
+        except Exception as error:  # noqa: BLE001 - raised where it was asked for
+            flight.error = error
         finally:
-            del self._running[key]
-            if not done.done():
-                done.set_result(None)
+            del self._flights[key]
+            flight.over.set_result(None)
+
+
+class _Flight:
+    """One piece of work under way."""
+
+    __slots__ = ("error", "over")
+
+    def __init__(self) -> None:
+        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.error: Exception | None = None
 
 
 class Slice(Generic[T]):
@@ -75,7 +101,7 @@ class SliceCache(Generic[T]):
                 return slice_
             loading = self._loading.get(offset)
             if loading is not None:
-                await loading
+                await asyncio.shield(loading)
                 continue
             slice_ = await self._load(offset)
             if slice_ is not None:

@@ -18,12 +18,14 @@ from array import array
 
 from fleecer.block.edge import Edge
 from fleecer.block.inflight import InFlight
-from fleecer.block.node import HOLE, ZERO, Extent, Limits, Node, merge_extents
+from fleecer.block.node import HOLE, ZERO, Extent, Limits, Node, Problem, merge_extents
 from fleecer.block.nodes.qcow2.allocator import Allocator, Run
 from fleecer.block.nodes.qcow2.commit import Committer
 from fleecer.block.nodes.qcow2.image import Image
 from fleecer.block.nodes.qcow2.metadata import SingleFlight, Slice, SliceCache
+from fleecer.errors import CorruptImage
 from fleecer.formats.qcow2.compressed import unpack_cluster
+from fleecer.formats.qcow2.header import COMPRESSION_ZSTD, LAZY_REFCOUNTS
 from fleecer.formats.qcow2.tables import (
     COMPRESSED,
     COPIED,
@@ -43,6 +45,8 @@ SLICE_BYTES_MAX = 4096
 STATUS_EXTENTS_MAX = 4096
 STATUS_ENTRIES_MAX = 32768
 _SLICES_BETWEEN_TURNS = 64
+_PIECE_MAX_BYTES = 1 * MiB
+"""Zeroes are written out in pieces of this size, with a turn of the loop between: one request may span terabytes."""
 _OTHER_BITS = COPIED - 1
 
 
@@ -94,9 +98,13 @@ class Qcow2Node(Node):
             zero_is_fast=header.version >= 3,
             reads_zero_when_new=backing is None,
         )
-        super().__init__(image.name, header.size, limits=limits, read_only=read_only)
+        super().__init__(image.name, header.disk_size, limits=limits, read_only=read_only)
         self.children = (image.file,) if backing is None else (image.file, backing)
         self._image = image
+        image.on_failure = self.give_up
+        if header.corrupt:
+            marked = CorruptImage(image.path, "it is marked corrupt; repair it with qemu-img check -r all")
+            self.problem = Problem(str(marked), corrupt=True)
         self._file = image.file
         self._file_end = image.file.size
         self._backing = backing
@@ -254,6 +262,20 @@ class Qcow2Node(Node):
         finally:
             self._in_flight.leave(claim)
 
+    def describe(self) -> dict[str, object]:
+        """What is particular to the image, in QMP's terms (QEMU's ImageInfoSpecificQCow2)."""
+        header = self._image.header
+        described: dict[str, object] = {
+            "compat": "1.1" if header.version >= 3 else "0.10",
+            "refcount-bits": 1 << header.refcount_order,
+            "compression-type": "zstd" if header.compression_type == COMPRESSION_ZSTD else "zlib",
+        }
+        if header.version >= 3:
+            described["lazy-refcounts"] = bool(header.compatible_features & LAZY_REFCOUNTS)
+            described["corrupt"] = self.problem is not None and self.problem.corrupt
+            described["extended-l2"] = False
+        return described
+
     async def close(self) -> None:
         """Commits what is dirty, frees included, unless the image was given up before."""
         while self._commits.dirty and self._image.failure is None:
@@ -342,7 +364,7 @@ class Qcow2Node(Node):
         if host != plan.host_offset:
             packed = await self._image.read(plan.host_offset, plan.host_length)
             kind = self._image.header.compression_type
-            unpacked = unpack_cluster(packed, self._cluster_size, kind, self.name, plan.host_offset)
+            unpacked = unpack_cluster(packed, self._cluster_size, kind, self._image.path, plan.host_offset)
             self._unpacked = (plan.host_offset, unpacked)
         return unpacked[plan.offset_in_cluster : plan.offset_in_cluster + plan.length]
 
@@ -490,11 +512,13 @@ class Qcow2Node(Node):
     async def _write_zeroes(self, offset: int, end: int) -> None:
         """Writes zeroes one by one, but not where there are some by the tables' word."""
         while offset < end:
-            length = min(end - offset, MiB)
+            length = min(end - offset, _PIECE_MAX_BYTES)
             plans = await self._plan(offset, length)
             if not all(self._reads_zero(plan) for plan in plans):
                 await self._write(offset, memoryview(zeroes(length)))
             offset += length
+            if offset < end:
+                await asyncio.sleep(0)
 
     def _reads_zero(self, plan: Plan) -> bool:
         return isinstance(plan, Zero) or (isinstance(plan, Backing) and not self._backed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import struct
 from array import array
@@ -24,6 +25,7 @@ from fleecer.formats.qcow2.header import (
 )
 from fleecer.formats.qcow2.steps import Steps, Write
 from fleecer.formats.qcow2.tables import decode_table
+from fleecer.formats.qcow2.truncation import check_not_cut
 from fleecer.ranges import Buffer
 from fleecer.units import KiB, MiB
 
@@ -31,6 +33,7 @@ T = TypeVar("T")
 
 L2_CACHE_BYTES = 32 * MiB
 REFCOUNT_CACHE_BYTES = 4 * MiB
+_BYTES_BETWEEN_TURNS = 64 * KiB
 
 
 async def read_header(file: Edge, name: str) -> Header:
@@ -50,6 +53,7 @@ async def open_qcow2(
     header: Header,
     backing: Edge | None,
     read_only: bool,
+    path: str | None = None,
     l2_cache_bytes: int = L2_CACHE_BYTES,
     refcount_cache_bytes: int = REFCOUNT_CACHE_BYTES,
     discard_freed: bool = False,
@@ -57,24 +61,27 @@ async def open_qcow2(
 ) -> Qcow2Node:
     """The node for an image whose header was read before, over `backing` (None: unallocated clusters are zeroes).
 
-    The edge to the file must allow growth, and writing unless `read_only`. An image marked dirty has its refcounts
-    rebuilt first, unless it is opened read-only; one marked corrupt is refused then. `discard_freed` passes freed
-    clusters on to the file as discards. `serialise` is for tests (inflight.py). Raises FormatError or IoError; the file
-    was then not changed, or is still marked dirty.
+    The edge to the file must allow growth, and writing unless `read_only`. An image whose file was cut short is
+    refused (truncation.py). One marked dirty has its refcounts rebuilt first, unless it is opened read-only; one marked
+    corrupt is refused then. `path` is what the user calls the file, in messages about it (default: `name`).
+    `discard_freed` passes freed clusters on to the file as discards. `serialise` is for tests (inflight.py). Raises
+    FormatError or IoError; the file was then not changed, or is still marked dirty.
     """
+    path = name if path is None else path
     table = array("Q")
+    if not read_only and header.corrupt:
+        raise CorruptImage(path, "it is marked corrupt; open it read-only, or repair it with qemu-img check -r all")
+    await _carry_out(check_not_cut(header, file.size, path), file)
     if not read_only:
-        if header.corrupt:
-            raise CorruptImage(name, "it is marked corrupt; open it read-only, or repair it with qemu-img check -r all")
         if header.dirty:
-            header = await _rebuild(file, name, header)
+            header = await _rebuild(file, path, header)
         length = header.refcount_table_clusters << header.cluster_bits
         table = decode_table(await _read_padded(file, header.refcount_table_offset, length))
     l1 = array("Q")
     if header.l1_size:
         l1 = decode_table(await file.pread(header.l1_table_offset, header.l1_size * 8))
     return Qcow2Node(
-        Image(name, file, header, l1, table),
+        Image(name, path, file, header, l1, table),
         backing,
         read_only=read_only,
         l2_cache_bytes=l2_cache_bytes,
@@ -143,8 +150,9 @@ async def _rebuild(file: Edge, name: str, header: Header) -> Header:
 
 
 async def _carry_out(steps: Steps[T], file: Edge) -> T:
-    """Drives a walk over the image."""
+    """Drives a walk over the image. It may be long, so the loop gets its turns."""
     answer: bytes | None = None
+    bytes_to_turn = _BYTES_BETWEEN_TURNS
     while True:
         try:
             step = next(steps) if answer is None else steps.send(answer)
@@ -156,6 +164,10 @@ async def _carry_out(steps: Steps[T], file: Edge) -> T:
             answer = b""
         else:
             answer = bytes(await _read_padded(file, step.offset, step.length))
+            bytes_to_turn -= step.length
+            if bytes_to_turn <= 0:
+                bytes_to_turn = _BYTES_BETWEEN_TURNS
+                await asyncio.sleep(0)
 
 
 async def _read_padded(file: Edge, offset: int, length: int) -> Buffer:
