@@ -133,10 +133,18 @@ class Snapshots:
         self._names.add(name)
         made = asyncio.get_running_loop().create_future()
         self._making.add(made)
+        openings: list[asyncio.Task[Storage]] = []
         scratches: list[Edge] = []
         try:
+            # All at once: on a busy file system each may take a while.
+            for directory, size in [
+                (scratch_directory or _image_directory(export.name, export.edge.node), export.edge.size)
+                for export in exports
+            ]:
+                openings.append(self._keep(_open_scratch(directory, size)))
             for export in exports:
-                scratches.append(await self._scratch(export, name, scratch_directory))  # noqa: PERF401 - see finally
+                scratches.append(self._attach_scratch(export, name, await asyncio.shield(openings[0])))
+                del openings[0]
             plans = [
                 Plan(
                     export.edge.node,
@@ -157,6 +165,8 @@ class Snapshots:
             await self._publish_all(taken, exports, fleeces)
             self._sets[name] = taken
         finally:
+            for opening in openings:
+                opening.add_done_callback(self._close_unwanted)
             for scratch in scratches:
                 self._daemon.graph.let_go(scratch)
             if name not in self._sets:
@@ -264,21 +274,11 @@ class Snapshots:
             raise UsageError("no disk is served, so there is nothing to take a snapshot of")
         return chosen
 
-    async def _scratch(self, export: Export, snapshot: str, directory: str | None) -> Edge:
-        node = export.edge.node
-        opening = self._keep(_open_scratch(directory or _image_directory(export.name, node), node.size))
-        try:
-            storage = await asyncio.shield(opening)
-        except asyncio.CancelledError:
-            opening.add_done_callback(self._close_unwanted)
-            raise
+    def _attach_scratch(self, export: Export, snapshot: str, storage: Storage) -> Edge:
+        """Raises with the storage still the caller's."""
         graph = self._daemon.graph
-        try:
-            scratch = FileNode(graph.fresh_name(), storage)
-            graph.add(scratch, named=False)
-        except BaseException:
-            self._close_unwanted(opening)
-            raise
+        scratch = FileNode(graph.fresh_name(), storage)
+        graph.add(scratch, named=False)
         return graph.attach(scratch, f"snapshot {quoted(snapshot)} of {export.name}", "scratch", writable=True)
 
     def _close_unwanted(self, opening: asyncio.Task[Storage]) -> None:
