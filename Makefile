@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_CONSTRAINT=$(CURDIR)/constraints.txt $(BIN)/pip install --quiet
 JOBS ?= auto
+export PATH := $(PATH):/usr/sbin:/sbin
 MINUTES ?= 5
 SECONDS ?= 120
 

@@ -51,9 +51,7 @@ class World:
         self.graph.add(node, named=True)
         return node, self.graph.attach(node, f"export '{name}'", "nbd", writable=True), storage
 
-    async def overlay(
-        self, name: str, backing: Node, *, serialise: bool = True, read_only: bool = False
-    ) -> tuple[Node, FaultNode, FaultNode]:
+    async def overlay(self, name: str, backing: Node, *, read_only: bool = False) -> tuple[Node, FaultNode, FaultNode]:
         """A fresh qcow2 over `backing`; also the fault nodes below it: of its file, and of its way to the backing."""
         image = await new_image(SIZE, cluster_size=CLUSTER)
         image.pause = self.pause
@@ -68,7 +66,6 @@ class World:
             header=await read_header(edge, name),
             backing=self.graph.attach(below, f"node '{name}'", "backing"),
             read_only=read_only,
-            serialise=serialise,
         )
         self.graph.add(qcow2, named=True)
         return qcow2, file, below

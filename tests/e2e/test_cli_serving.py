@@ -89,7 +89,7 @@ def test_status_shows_disks_clients_and_snapshots(tmp_path: Path) -> None:
         lines = succeed("status", "--run-dir", daemon.run_dir).splitlines()
         assert lines[0].split() == ["DISK", "SIZE", "FORMAT", "CLIENTS", "READ", "WRITTEN", "IMAGE"]
         assert lines[1].split() == ["a", "1.0", "MiB", "raw", "0", "0", "B/s", "0", "B/s", str(tmp_path / "a.raw")]
-        assert lines[3].split() == ["SNAPSHOT", "DISK", "AGE", "PRESERVED", "STATE"]
+        assert lines[3].split() == ["SNAPSHOT", "DISK", "AGE", "PRESERVED", "CLIENTS", "STATE"]
         assert lines[4].split()[:2] == ["s", "a"]
         assert [line.split() for line in lines[6:]] == [
             ["EXPORT", "URI"],

@@ -94,7 +94,8 @@ async def test_an_nbd_node_keeps_the_contract_over(name: str, tmp_path: Path) ->
             finally:
                 await node.close()
 
-        subject = Subject(name, make)
+        # Not every server keeps a sector whole where requests overlap, and the protocol does not ask it to.
+        subject = Subject(name, make, keeps_sectors_whole=False)
         for case in cases_for(subject):
             try:
                 await check_node(subject, case, str(tmp_path))

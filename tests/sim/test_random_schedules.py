@@ -2,93 +2,51 @@
 
 from __future__ import annotations
 
-import asyncio
-import random
+from typing import get_args
 
 import pytest
+from tests.sim.breaks import BREAKS
 
-from fleecer.testing.sim.loop import Fifo, Pct, Scheduler, Shuffle, Stuck, simulate
-from fleecer.testing.sim.oracle import Violation
-from fleecer.testing.sim.world import Format, World, make_world
+from fleecer.testing.sim.cases import BATCH, GUESTS, OPERATORS, READERS, Scheme, draw_case, run_batch, run_seed
+from fleecer.testing.sim.world import Format
 
-SCHEDULES = 60
-
-
-async def scenario(seed: int, disk_format: Format, trace: list[str] | None = None) -> None:
-    generator = random.Random(seed)
-    world = await make_world(
-        generator,
-        format=disk_format,
-        clusters=generator.choice((1, 2, 3)),
-        trace=trace,
-    )
-    await asyncio.gather(guest(world), guest(world), reader(world), reader(world), operator(world))
-    await world.finish()
+BATCHES = 12
 
 
-def some_range(world: World) -> tuple[int, int]:
-    first = world.generator.randrange(world.history.sectors)
-    return first, min(world.history.sectors, first + world.generator.choice((1, 3, 8, 12)))
+@pytest.mark.parametrize("batch", range(BATCHES))
+def test_every_read_is_allowed_under_random_schedules(batch: int) -> None:
+    done = run_batch(batch * BATCH)
+    assert not done.failed
+    assert (done.schedules, done.steps > 10 * BATCH) == (BATCH, True)
 
 
-async def guest(world: World) -> None:
-    for _ in range(4):
-        kinds = [world.write, world.zero, world.discard, world.read]
-        (kind,) = world.generator.choices(kinds, (6, 2, 1, 2))
-        await kind(*some_range(world))
-        if world.generator.random() < 0.1:
-            await world.flush()
-
-
-async def reader(world: World) -> None:
-    for _ in range(4):
-        open_ones = [held for held in world.held if not held.ending]
-        if not open_ones:
-            await asyncio.sleep(world.generator.random() * 1e-3)
-            continue
-        held = world.generator.choice(open_ones)
-        ask = world.read_snapshot if world.generator.random() < 0.7 else world.status_of_snapshot
-        await ask(held, *some_range(world))
-
-
-async def operator(world: World) -> None:
-    for _ in range(2):
-        await asyncio.sleep(world.generator.random() * 1e-3)
-        if world.held and world.generator.random() < 0.4:
-            await world.end(world.generator.choice(world.held))
-        else:
-            await (world.take if world.generator.random() < 0.5 else world.fleece)()
-
-
-def scheduler(seed: int) -> Scheduler:
-    generator = random.Random(seed)
-    kind = generator.random()
-    return Fifo() if kind < 0.5 else Pct(generator) if kind < 0.9 else Shuffle(generator)
-
-
-@pytest.mark.parametrize("disk_format", ["raw", "qcow2", "overlay"])
-def test_every_read_is_allowed_under_random_schedules(disk_format: Format) -> None:
-    for seed in range(SCHEDULES):
-        simulate(scenario(seed, disk_format), scheduler(seed))
+def test_the_cases_drawn_are_of_every_kind() -> None:
+    drawn = [draw_case(seed) for seed in range(BATCHES * BATCH)]
+    words = {operation.split()[0] for case in drawn for actor in case.actors for operation in actor}
+    assert words == {*GUESTS, *READERS, *OPERATORS}
+    assert {case.format for case in drawn} == {*get_args(Format)}
+    assert {scheme for case in drawn for scheme in case.held} == {*get_args(Scheme)}
+    assert {case.over_nbd for case in drawn} == {False, True}
 
 
 def test_the_same_seed_gives_the_same_story() -> None:
     stories: list[list[str]] = [[], []]
     for story in stories:
-        simulate(scenario(7, "qcow2", story), scheduler(7))
+        run_seed(7, story)
     assert stories[0] == stories[1]
     assert stories[0]
 
 
-def test_writes_that_pass_a_snapshot_by_are_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fleecer.block.copier.Copier.must_preserve", lambda *_: False)
-    with pytest.raises(Violation, match="at its instant it was"):
-        test_every_read_is_allowed_under_random_schedules("raw")
-
-
-def test_a_wait_that_nothing_can_end_is_told() -> None:
-    async def wait() -> None:
-        await asyncio.get_running_loop().create_future()
-
-    with pytest.raises(Stuck):
-        simulate(wait())
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "old data is not kept",
+        "changes do not wait for frozen reads",
+        "a wait between choosing and freezing",
+        "done before the copy is made",
+    ],
+)
+def test_a_rule_taken_out_is_found(rule: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    BREAKS[rule](monkeypatch)
+    failed = next((done.failed for first in range(0, 4000, BATCH) if (done := run_batch(first)).failed), [])
+    assert any("at its instant it was" in error for _, error in failed)

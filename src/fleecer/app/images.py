@@ -85,6 +85,12 @@ class _Bench:
         """Opens a node named "source", for reading."""
         return self.attach(await self.opener.add(options), "source")
 
+    def reads(self, path: str) -> bool:
+        """Whether the source, or any image that it is based on, is the file at `path`."""
+        wanted = file_identity(path)
+        names = [node.storage.name for node in self.graph.nodes() if isinstance(node, FileNode)]
+        return wanted is not None and any(file_identity(name) == wanted for name in names)
+
     def hold(self, storage: Storage) -> None:
         """Puts a storage into the graph, under the name "file"; it is closed with the bench."""
         self.graph.add(FileNode("file", storage), named=True)
@@ -178,6 +184,8 @@ async def restore(
         raise UsageError(f"target {quoted(target)} is a block device, and only --format raw can be written to one")
     async with _bench(allow_backing) as bench:
         source = await bench.source(_image_options(backup, "source", backup_format))
+        if existing is not None and bench.reads(target):
+            raise UsageError(f"target {quoted(target)} is a backing file of the backup; choose another")
         # Holds the lock of what is about to be overwritten until that is done.
         old = await open_file(target) if existing is not None else None
         if in_place and old is not None:

@@ -6,6 +6,7 @@ uvloop is used where it can be imported; FLEECER_LOOP=asyncio chooses the standa
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
@@ -17,6 +18,7 @@ from fleecer.storage.pool import running_pool
 T = TypeVar("T")
 
 LOOP_VARIABLE = "FLEECER_LOOP"
+_LAST_TURNS = 3
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
@@ -38,35 +40,49 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
 def run(main: Coroutine[Any, Any, T], *, ends_in_order: bool = False) -> T:
     """Runs `main` to its end in a new event loop, ends the loop's threads, and returns what it returned.
 
-    A stop signal cancels `main` unless that follows signals itself; `Interrupted` is raised once it has ended. With
-    `ends_in_order` a signal is the usual way to end `main`, and later ones have no effect any more.
+    A stop signal cancels `main` unless that follows signals itself; `Interrupted` is raised once it has ended and the
+    loop is closed. With `ends_in_order` a signal is the usual way to end `main`, and later ones have no effect.
     """
     try:
         factory = loop_factory()
     except UsageError:
         main.close()
         raise
-    cancelled_by = 0
+    task: asyncio.Task[Any] | None = None  # while there is something to cancel
 
-    async def heeding_signals() -> T:
-        task = asyncio.current_task()
-        assert task is not None, "a loop runs coroutines in tasks"
-
-        def cancel(number: int) -> None:
-            nonlocal cancelled_by
-            cancelled_by = number
+    def cancel(number: int) -> None:
+        if task is not None:
             task.cancel()
 
-        with signals.heeded_by(asyncio.get_running_loop(), signals.Stopper(cancel), ends_in_order=ends_in_order):
-            return await _with_pool(main)
+    stopper = signals.Stopper(cancel)
+
+    async def heeding_signals() -> T:
+        nonlocal task
+        with signals.heeded_by(asyncio.get_running_loop(), stopper):
+            if stopper.number:  # it came while the loop was made
+                raise asyncio.CancelledError
+            task = asyncio.current_task()
+            try:
+                return await _with_pool(main)
+            finally:
+                task = None
+                for _ in range(_LAST_TURNS):  # a signal that came in main's last step is heard only in the loop's next
+                    await asyncio.sleep(0)
 
     try:
-        with asyncio.Runner(loop_factory=factory) as runner:
-            return runner.run(heeding_signals())
+        with (
+            contextlib.closing(main),
+            signals.held_for(stopper, ends_in_order=ends_in_order),
+            asyncio.Runner(loop_factory=factory) as runner,
+        ):
+            result = runner.run(heeding_signals())
     except asyncio.CancelledError:
-        if cancelled_by:
-            raise signals.Interrupted(cancelled_by) from None
+        if stopper.number:
+            raise signals.Interrupted(stopper.number) from None
         raise
+    if stopper.number and not ends_in_order:
+        raise signals.Interrupted(stopper.number)
+    return result
 
 
 async def _with_pool(main: Coroutine[Any, Any, T]) -> T:

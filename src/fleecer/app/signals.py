@@ -76,26 +76,40 @@ def ignore() -> None:
 
 
 @contextlib.contextmanager
-def heeded_by(loop: asyncio.AbstractEventLoop, stopper: Stopper, *, ends_in_order: bool) -> Iterator[None]:
-    """Inside, stop signals call `stopper` from the running loop, or whatever else is put there by `follow`.
+def held_for(stopper: Stopper, *, ends_in_order: bool) -> Iterator[None]:
+    """Inside, stop signals call `stopper` and nothing else, so that none raises an exception in the middle of the
+    making or the closing of an event loop, which would leave it in pieces.
 
     Afterwards they do what they did before. If one has come they are still the stopper's; or are ignored, where
-    a signal is the usual way to end it (`ends_in_order`).
+    a signal is the usual way to end what ran (`ends_in_order`).
     """
     before = {number: signal.getsignal(number) for number in _heeded()}
+    _install(stopper)
+    try:
+        yield
+    finally:
+        with _blocked():
+            for number, handler in before.items():
+                after: Any = signal.SIG_IGN if ends_in_order else stopper if stopper.number else handler
+                signal.signal(number, after)
+
+
+@contextlib.contextmanager
+def heeded_by(loop: asyncio.AbstractEventLoop, stopper: Stopper) -> Iterator[None]:
+    """Inside, stop signals call `stopper` from the running loop, or whatever else is put there by `follow`.
+
+    Afterwards they call `stopper` again, as `held_for` had it.
+    """
+    heeded = _heeded()
     follow(loop, stopper)
     try:
         yield
     finally:
         # Between the loop's removal of its handler and ours the default is in force; no signal may see that.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-        try:
-            for number, handler in before.items():
+        with _blocked():
+            for number in heeded:
                 loop.remove_signal_handler(number)
-                after: Any = signal.SIG_IGN if ends_in_order else stopper if stopper.number else handler
-                signal.signal(number, after)
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+                signal.signal(number, stopper)
 
 
 def follow(loop: asyncio.AbstractEventLoop, stopper: Stopper) -> None:
@@ -106,6 +120,16 @@ def follow(loop: asyncio.AbstractEventLoop, stopper: Stopper) -> None:
 
 def _heeded() -> list[signal.Signals]:
     return [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+
+
+@contextlib.contextmanager
+def _blocked() -> Iterator[None]:
+    """Stop signals that come inside are delivered afterwards."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def _install(handler: Any) -> None:

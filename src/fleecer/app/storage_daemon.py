@@ -61,6 +61,8 @@ def split(arguments: Sequence[str]) -> list[tuple[str, str]]:
             if following is None:
                 raise UsageError(f"option {name} needs a value")
             value = following
+        if name != "--pidfile" and any("\ud800" <= letter <= "\udfff" for letter in value):
+            raise UsageError(f"option {name} {quoted(value)} is not UTF-8, as QMP wants; rename it")
         given.append((name, value))
     return given
 

@@ -288,12 +288,12 @@ class Copier:
                 if copy.error is not None and copy.fails_change:
                     raise copy.error
                 since_s = max(since_s, copy.done_at_s)
-            under_way = next((c for c in self._copies if c.start < end and first < c.end), None)
-            if under_way is not None:
-                in_time = await _done_in_time(under_way.ended(), self._next_deadline(since_s))
-                since_s = max(since_s, under_way.done_at_s, *(copy.done_at_s for copy in mine))
-                if not in_time:
-                    self._look_for_late(under_way, since_s, offset, length)
+            if under_way := [c for c in self._copies if c.start < end and first < c.end]:
+                now_s = loop.time()
+                self._look_for_late(under_way, since_s, now_s, offset, length)
+                if under_way[0] in self._copies:
+                    await _done_in_time(under_way[0].ended(), self._next_deadline(since_s, now_s))
+                    since_s = max(since_s, *(copy.done_at_s for copy in (*under_way, *mine)))
             elif self._newest is None or self._settled.all(first, end):
                 break
             else:
@@ -407,27 +407,25 @@ class Copier:
             self.break_snapshot(snapshot, f"copying its old data failed: {told(error)}{advice}")
         copy.wake()
 
-    def _next_deadline(self, since_s: float) -> float | None:
-        """When next a snapshot will have waited long enough, in the loop's time; None where none ever will."""
-        now_s = asyncio.get_running_loop().time()
+    def _next_deadline(self, since_s: float, now_s: float) -> float | None:
+        """When after `now_s` a snapshot will have waited long enough, in the loop's time; None where none ever will."""
         deadlines = [since_s + snapshot.timeout_s for snapshot in self._readable() if snapshot.timeout_s]
         return min((deadline for deadline in deadlines if deadline > now_s), default=None)
 
-    def _look_for_late(self, copy: _Copy, since_s: float, offset: int, length: int) -> None:
-        """Ends the wait for a copy, for those snapshots that need it and have waited long enough since `since_s`.
+    def _look_for_late(self, copies: list[_Copy], since_s: float, now_s: float, offset: int, length: int) -> None:
+        """Ends the wait for copies, for those snapshots that need one and have waited long enough since `since_s`.
 
         Raises IoError (ETIMEDOUT), with nothing broken, where one of them has the guest's change fail.
         """
-        if copy not in self._copies:
-            return
-        now_s = asyncio.get_running_loop().time()
-        needing = self._needing(copy.start, copy.end)
-        late = [snapshot for snapshot in needing if snapshot.timeout_s and since_s + snapshot.timeout_s <= now_s]
+        late = [s for s in self._readable() if s.timeout_s and since_s + s.timeout_s <= now_s]
         for snapshot in sorted(late, key=_gives_way):
-            what = f"copying its old data to {copy.snapshot.scratch.node.name} took longer than"
-            self._change_timed_out(snapshot, what, offset, length)
-        if len(late) == len(needing) and copy in self._copies:
-            self._give_up(copy)
+            needed = next((copy for copy in copies if self._reads_disk(snapshot, copy.start, copy.end)), None)
+            if needed is not None:
+                what = f"copying its old data to {needed.snapshot.scratch.node.name} took longer than"
+                self._change_timed_out(snapshot, what, offset, length)
+        for copy in copies if late else ():
+            if copy in self._copies and not self._needing(copy.start, copy.end):
+                self._give_up(copy)
 
     def _reader_timed_out(self, snapshot: Snapshot, offset: int, length: int) -> None:
         if snapshot.broken is None and snapshot.living:

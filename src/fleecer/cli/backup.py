@@ -73,6 +73,7 @@ def _copy(
                 raise UsageError(f"disk name {quoted(name)} cannot name a directory; export it under another")
 
             def report(phase: images.Phase, amount: Any, name: str = name) -> None:
+                client.pass_over_events()  # a copy may take hours, and our connection keeps the snapshot
                 meter.show(name, phase, amount)
 
             place = os.path.join(directory, name)

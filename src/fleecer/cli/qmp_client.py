@@ -6,6 +6,7 @@ server (a temporary snapshot) goes when it is closed, or its process ends.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import socket
@@ -76,6 +77,16 @@ class QmpClient:
                 if message.error is not None:
                     raise message.error
                 return message.value
+
+    def pass_over_events(self) -> None:
+        """Reads what the server has announced since the last command, and never waits.
+
+        To be called now and then while there is nothing to ask: a server cuts off who does not read.
+        """
+        self._socket.settimeout(0)
+        with contextlib.suppress(OSError):  # whatever is wrong, the next command tells of it
+            while data := self._socket.recv(64 * KiB):
+                self._splitter.feed(data)
 
     def close(self) -> None:
         """Ends the session. Idempotent."""

@@ -50,6 +50,7 @@ def _records(client: QmpClient) -> list[dict[str, Any]]:
             "size": disk["size"],
             "format": disk["format"],
             **disks.located(addresses, disk["name"]),
+            **({"problem": disk["problem"]} if "problem" in disk else {}),
             "snapshots": [
                 disks.part_record(taken, part, addresses)
                 for taken in snapshots
@@ -94,18 +95,22 @@ def _show(client: QmpClient) -> None:
             )
         )
     print_table(("DISK", "SIZE", "FORMAT", "CLIENTS", "READ", "WRITTEN", "IMAGE"), rows)
+    for disk in after:
+        if "problem" in disk:
+            click.echo(f"{disk['name']}: {disk['problem']}")
     found = client.execute("query-snapshots")
     if found:
         now = datetime.datetime.now(datetime.UTC)
         click.echo()
         print_table(
-            ("SNAPSHOT", "DISK", "AGE", "PRESERVED", "STATE"),
+            ("SNAPSHOT", "DISK", "AGE", "PRESERVED", "CLIENTS", "STATE"),
             [
                 (
                     taken["name"],
                     part["name"],
                     age(taken["created"], now),
                     format_size(part["bytes-preserved"]),
+                    str(part["clients"]),
                     disks.state_of(part),
                 )
                 for taken in found

@@ -48,6 +48,9 @@ PRESERVED_CONTEXT = "fleecer:preserved"
 READERS_TIMEOUT_S = 10.0
 """How long the end of a snapshot waits for its readers' requests in flight, and that of the daemon for its makers."""
 
+_NO_PLACE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+"""What a directory answers that will never take a scratch file."""
+
 T = TypeVar("T")
 
 _log = logging.getLogger(__name__)
@@ -331,7 +334,13 @@ class Snapshots:
 
 
 async def _open_scratch(directory: str, size: int) -> Storage:
-    storage = await open_unlinked(directory)
+    try:
+        storage = await open_unlinked(directory)
+    except IoError as error:
+        if error.errno not in _NO_PLACE:
+            raise
+        detail = f"{os.strerror(error.errno)}; choose another place with --scratch-dir"
+        raise IoError(error.errno, error.node, error.operation, detail=detail) from error
     try:
         await storage.truncate(size)
     except BaseException:

@@ -187,9 +187,9 @@ class Connection:
                 codec.reply_done(request)
         except Exception as error:
             if isinstance(error, FleecerError) and not isinstance(error, LocalProtocolError):
+                self._refuse(request, error.errno, told(error))  # first: whatever a listener does, there is a reply
                 if self.export is not None and self.export.on_failure is not None:
                     self.export.on_failure(self.export, request.command in (CMD_READ, CMD_BLOCK_STATUS), error)
-                self._refuse(request, error.errno, told(error))
                 return
             _log.exception("a request failed in a way it must not")
             self._refuse(request, errno.EIO, "internal error")

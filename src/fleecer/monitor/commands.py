@@ -357,7 +357,7 @@ async def snapshot_create(
                 await daemon.snapshots.delete(taken.name)
 
         context.at_end[taken.name] = drop
-    return _describe_snapshot(taken)
+    return _describe_snapshot(context, taken)
 
 
 @command
@@ -379,23 +379,24 @@ async def snapshot_delete(context: Context, name: str) -> Result:
 @command
 async def query_snapshots(context: Context) -> list[Result]:
     """Every snapshot, oldest first."""
-    return [_describe_snapshot(taken) for taken in context.daemon.snapshots.sets()]
+    return [_describe_snapshot(context, taken) for taken in context.daemon.snapshots.sets()]
 
 
-def _describe_snapshot(taken: SnapshotSet) -> Result:
+def _describe_snapshot(context: Context, taken: SnapshotSet) -> Result:
     return {
         "name": taken.name,
         "created": taken.created.isoformat(timespec="milliseconds"),
-        "disks": [_describe_part(part) for part in taken.parts],
+        "disks": [_describe_part(part, len(context.daemon.server.clients(part.export))) for part in taken.parts],
     }
 
 
-def _describe_part(part: SnapshotPart) -> Result:
+def _describe_part(part: SnapshotPart, clients: int) -> Result:
     described: Result = {
         "name": part.disk,
         "export": part.export.name,
         "size": part.size,
         "bytes-preserved": part.bytes_preserved,
+        "clients": clients,
         "state": "broken" if part.cause else "active",
     }
     return described | ({"cause": part.cause} if part.cause else {})

@@ -10,6 +10,7 @@ Invariants:
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import errno
@@ -44,7 +45,14 @@ class NewFile:
     @classmethod
     async def create(cls, directory: str) -> NewFile:
         """A new, empty file in `directory`, mode 0600. Raises IoError naming the directory."""
-        return await running_pool().submit(Lane(), cls._create, directory)
+        making = running_pool().submit(Lane(), cls._create, directory)
+        try:
+            return await making
+        except asyncio.CancelledError:
+            if making.exception() is None:  # a cancel is told once the thread has ended: nobody else knows the file
+                await making.result().give_up()
+                await making.result().storage.close()
+            raise
 
     @classmethod
     def _create(cls, directory: str) -> NewFile:
@@ -174,7 +182,8 @@ def _make_directories(path: str, into: list[str]) -> None:
                     raise
             sync_directory(os.path.dirname(made))
         except OSError as error:
-            raise IoError(error.errno or errno.EIO, made, "make directory") from error
+            in_the_way = "a file of that name is there" if isinstance(error, FileExistsError) else ""
+            raise IoError(error.errno or errno.EIO, made, "make directory", detail=in_the_way) from error
 
 
 def _remove_empty(directories: list[str]) -> None:

@@ -35,12 +35,14 @@ class Subject:
     """A kind of node to be checked.
 
     `make(directory)` gives, as a context manager, a new writable node of at least SIZE_MIN_BYTES with any content; on
-    exit it closes what is below the node as well. `keeps_data` is False for a node that forgets what is written.
+    exit it closes what is below the node as well. `keeps_data` is False for a node that forgets what is written;
+    `keeps_sectors_whole` for one to a server that does not promise it where requests overlap.
     """
 
     name: str
     make: Callable[[str], AbstractAsyncContextManager[Node]]
     keeps_data: bool = True
+    keeps_sectors_whole: bool = True
 
 
 Case = Callable[[Edge, random.Random], Awaitable[None]]
@@ -57,7 +59,12 @@ async def check_node(subject: Subject, case: str, directory: str, seed: int = 0)
 
 def cases_for(subject: Subject) -> list[str]:
     """The names of the cases that hold for `subject`."""
-    return [name for name in CASES if subject.keeps_data or name in _CASES_OF_SINKS]
+    return [
+        name
+        for name, case in CASES.items()
+        if (subject.keeps_data or name in _CASES_OF_SINKS)
+        and (subject.keeps_sectors_whole or case is not _overlapping_requests_leave_old_or_new_sectors)
+    ]
 
 
 async def _reads_are_private(edge: Edge, generator: random.Random) -> None:

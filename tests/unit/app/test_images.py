@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,17 @@ async def test_a_backup_is_not_restored_over_itself(tmp_path: Path, backup: str)
     before = content(backup)
     with pytest.raises(UsageError, match="is the backup itself; choose another"):
         await images.restore(backup, backup, force=True)
+    assert content(backup) == before
+
+
+@pytest.mark.peer
+async def test_a_backup_is_not_restored_over_what_it_is_based_on(tmp_path: Path, backup: str) -> None:
+    above = str(tmp_path / "above.qcow2")
+    format_name = os.path.splitext(backup)[1][1:]
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", "-b", backup, "-F", format_name, above], check=True)
+    before = content(backup)
+    with pytest.raises(UsageError, match="is a backing file of the backup; choose another"):
+        await images.restore(above, backup, force=True)
     assert content(backup) == before
 
 

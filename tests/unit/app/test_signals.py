@@ -87,6 +87,50 @@ def test_a_signal_cancels_what_runs_which_then_ends_undisturbed(
     assert ends == [], "the first signal's grace goes on after the loop"
 
 
+class SignalledLoop(asyncio.SelectorEventLoop):
+    """A stop signal comes in the middle of its making, or of its closing, by `when`."""
+
+    when = ""
+    made: SignalledLoop
+
+    def __init__(self) -> None:
+        super().__init__()
+        type(self).made = self
+        if self.when == "making":
+            signal.raise_signal(signal.SIGTERM)
+
+    async def shutdown_asyncgens(self) -> None:
+        if self.when == "closing":
+            signal.raise_signal(signal.SIGTERM)
+        await super().shutdown_asyncgens()
+
+
+@pytest.mark.parametrize(("when", "done"), [("making", []), ("closing", ["all"])])
+def test_a_signal_while_the_loop_is_made_or_closed_interrupts_once_it_is_closed(
+    ends: list[tuple[int, str]], monkeypatch: pytest.MonkeyPatch, when: str, done: list[str]
+) -> None:
+    worked: list[str] = []
+
+    async def work() -> None:
+        worked.append("all")
+
+    monkeypatch.setattr(SignalledLoop, "when", when)
+    monkeypatch.setattr(runner, "loop_factory", lambda: SignalledLoop)
+    signals.raise_interrupted()
+    with pytest.raises(signals.Interrupted) as caught:
+        runner.run(work())
+    assert (worked, caught.value.status, SignalledLoop.made.is_closed()) == (done, 143, True)
+    signal.raise_signal(signal.SIGTERM)
+    assert ends == [], "the first signal's grace goes on after the loop"
+
+
+def test_signals_do_after_a_run_what_they_did_before(ends: list[tuple[int, str]]) -> None:
+    signals.raise_interrupted()
+    before = [signal.getsignal(number) for number in signals.STOP_SIGNALS]
+    runner.run(asyncio.sleep(0))
+    assert [signal.getsignal(number) for number in signals.STOP_SIGNALS] == before
+
+
 def test_after_an_end_that_a_signal_is_the_usual_way_to_signals_mean_nothing(ends: list[tuple[int, str]]) -> None:
     async def serve() -> str:
         return "served"
@@ -109,3 +153,15 @@ def test_an_interruption_where_nothing_can_be_raised_is_not_lost(
     del_me = Interruptible()
     del del_me
     assert ends == [(143, "fleecer: interrupted by SIGTERM\n")]
+
+
+@pytest.mark.parametrize("loop", ["asyncio", "uvloop"])
+def test_a_signal_in_the_last_step_is_not_lost(monkeypatch: pytest.MonkeyPatch, loop: str) -> None:
+    monkeypatch.setenv(runner.LOOP_VARIABLE, loop)
+
+    async def main() -> None:
+        await asyncio.sleep(0)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(signals.Interrupted):
+        runner.run(main())

@@ -470,6 +470,89 @@ async def test_each_snapshot_is_waited_for_as_long_as_it_says(clock: Clock) -> N
     await world.check_whole(older)
 
 
+def is_broken(taken: Taken) -> bool:
+    return taken.fleece.snapshot.broken is not None
+
+
+async def take_pair_of_which_the_older_has_cluster_0(
+    world: World, older: Policy, newer: Policy
+) -> tuple[Taken, Taken, FaultNode]:
+    """As `take_pair`, but the older snapshot has its own copy of cluster 0, so only the newer one needs another."""
+    first = await world.take(on_error=older[0], timeout_s=older[1])
+    await world.top.pwrite(0, b"between")
+    fault, scratch = faulty(world, "faulty", world.scratch()[0])
+    return first, await world.take(scratch=scratch, on_error=newer[0], timeout_s=newer[1]), fault
+
+
+async def test_a_snapshot_that_waits_for_a_later_copy_only_is_late_in_time_and_nobody_waits_for_ever(
+    clock: Clock,
+) -> None:
+    world = World()
+    older, newer, fault = await take_pair_of_which_the_older_has_cluster_0(
+        world, ("break-snapshot", 5.0), ("break-snapshot", 20.0)
+    )
+    held = [fault.hold("write", 0, CLUSTER), fault.hold("write", CLUSTER, CLUSTER)]
+    changes = [asyncio.ensure_future(world.top.pwrite(0, b"one"))]
+    await turns()
+    changes.append(asyncio.ensure_future(world.top.pwrite(0, b"two" * CLUSTER)))  # clusters 0 to 2, 1 and 2 by itself
+    await turns()
+    await clock.advance(6.0)
+    assert (is_broken(older), is_broken(newer)) == (True, False)
+    assert not any(change.done() for change in changes)
+    await clock.advance(15.0)
+    assert is_broken(newer)
+    assert all(change.done() for change in changes)
+    for hold in held:
+        hold.release()
+    await turns()
+
+
+async def test_a_change_of_which_any_copy_is_late_for_a_snapshot_that_says_so_fails(clock: Clock) -> None:
+    world = World()
+    older, newer, fault = await take_pair_of_which_the_older_has_cluster_0(
+        world, ("break-guest-write", 5.0), ("break-snapshot", 20.0)
+    )
+    held = [fault.hold("write", 0, CLUSTER), fault.hold("write", CLUSTER, CLUSTER)]
+    one = asyncio.ensure_future(world.top.pwrite(0, b"one"))
+    await turns()
+    two = asyncio.ensure_future(world.top.pwrite(0, b"two" * CLUSTER))
+    await turns()
+    await clock.advance(6.0)
+    with pytest.raises(IoError, match="took longer than 5 s"):
+        await two
+    assert not one.done()
+    for hold in held:
+        hold.release()
+    await one
+    for taken in (older, newer):
+        await world.check_whole(taken)
+
+
+async def test_a_snapshot_whose_time_was_up_before_a_copy_for_it_began_is_not_waited_for(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for limit in ("COPY_MAX_BYTES", "COPIES_MAX_BYTES"):
+        monkeypatch.setattr(f"fleecer.block.copier.{limit}", CLUSTER)  # one copy after the other
+    world = World()
+    fault, scratch = faulty(world, "older", world.scratch()[0])
+    older = await world.take(scratch=scratch, timeout_s=5.0)
+    await world.top.pwrite(0, b"between")
+    newer_fault, scratch = faulty(world, "newer", world.scratch()[0])
+    newer = await world.take(scratch=scratch, timeout_s=20.0)
+    held = [newer_fault.hold("write"), fault.hold("write")]
+    writing = asyncio.ensure_future(world.top.pwrite(0, b"new" * CLUSTER))
+    await turns()
+    await clock.advance(6.0)
+    assert not is_broken(older)  # what is being copied, it has already
+    await clock.advance(15.0)
+    assert is_broken(newer)
+    assert is_broken(older)
+    await writing
+    for hold in held:
+        hold.release()
+    await turns()
+
+
 async def test_a_change_fails_as_soon_as_a_snapshot_that_says_so_has_waited_long_enough(clock: Clock) -> None:
     world = World()
     older, newer, fault = await take_pair(world, ("break-guest-write", 20.0), ("break-snapshot", 5.0))

@@ -29,6 +29,10 @@ from fleecer.units import MiB
             "--run-dir and --qmp exclude each other; see fleecer status --help",
         ),
         (["storage-daemon", "--blockdev"], "option --blockdev needs a value; see fleecer storage-daemon --help"),
+        (
+            ["storage-daemon", "--blockdev", "\udcff"],
+            "option --blockdev '\\udcff' is not UTF-8, as QMP wants; rename it; see fleecer storage-daemon --help",
+        ),
     ],
 )
 def test_a_wrong_command_line_is_status_two_and_one_line(

@@ -96,3 +96,32 @@ def test_a_server_that_says_nothing_is_given_up(serve: Start, monkeypatch: pytes
 def test_a_path_that_is_too_long_is_an_error_of_one_line(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="bytes, more than the 107 that the system takes; choose a shorter one"):
         QmpClient(str(tmp_path / ("x" * 120)))
+
+
+def test_a_client_that_is_busy_otherwise_need_not_be_cut_off_for_events_it_does_not_read(tmp_path: Path) -> None:
+    path = str(tmp_path / "busy.sock")
+    events = b'{"event": "X", "data": {}}\r\n' * 100_000  # far more than sockets hold
+    all_sent = threading.Event()
+
+    def run() -> None:
+        with listener, listener.accept()[0] as peer:
+            peer.sendall(GREETING)
+            peer.recv(65536)
+            peer.sendall(b'{"return": {}, "id": 1}' + events)
+            all_sent.set()
+            peer.recv(65536)
+            peer.sendall(b'{"return": "answer", "id": 2}')
+
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(path)
+    listener.listen()
+    server = threading.Thread(target=run)
+    server.start()
+    with QmpClient(path) as client:
+        while not all_sent.is_set():
+            client.pass_over_events()
+        assert client.execute("x") == "answer"
+        server.join()
+        client.pass_over_events()  # it has closed: that is not for this call to tell
+        with pytest.raises(IoError, match="the daemon has closed the connection"):
+            client.execute("y")

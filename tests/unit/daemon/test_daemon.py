@@ -345,6 +345,20 @@ async def test_a_scratch_needs_a_place(daemon: World, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["disk.raw"], "the scratch has a name"
 
 
+async def test_where_no_scratch_can_be_made_another_place_is_asked_for(
+    daemon: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(directory: str) -> Storage:
+        raise IoError(errno.EROFS, directory, "create a scratch file")
+
+    monkeypatch.setattr("fleecer.daemon.snapshots.open_unlinked", refuse)
+    daemon.disk("a")
+    with pytest.raises(IoError, match=r"Read-only file system; choose another place with --scratch-dir") as caught:
+        await daemon.snapshots.create(["a"], scratch_directory=str(tmp_path))
+    assert caught.value.errno == errno.EROFS
+    assert daemon.snapshots.sets() == []
+
+
 async def test_names_of_snapshots_are_made_where_none_is_given(daemon: World) -> None:
     daemon.disk("disk")
     made = [await daemon.snapshots.create(scratch_directory="/dev/shm") for _ in range(3)]

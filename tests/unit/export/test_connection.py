@@ -151,6 +151,21 @@ async def test_a_request_that_ends_without_a_fit_answer_is_answered_once_and_sho
     await serving.close()
 
 
+async def test_a_failed_request_is_answered_even_if_whoever_is_told_of_it_fails_too(serving: Serving) -> None:
+    def told(*_: object) -> None:
+        raise ZeroDivisionError
+
+    serving.export.on_failure = told
+    serving.fault.fail("read", times=2)
+    client = await serving.client()
+    cookies = [client.codec.read(at, 512) for at in (0, 512)]
+    client.send()
+    for cookie in cookies:
+        assert (await client.reply(cookie)).error == errno.EIO
+    assert [type(error) for error in serving.internal_errors] == [ZeroDivisionError] * 2
+    serving.internal_errors.clear()
+
+
 async def test_block_status_that_tells_nothing_is_answered_once_and_shown_as_a_bug(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

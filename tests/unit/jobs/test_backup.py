@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import Awaitable, Callable
-from typing import Any, Literal
 
 import pytest
 from tests.backup_world import CLUSTER, SIZE, World
@@ -66,53 +64,6 @@ async def test_every_byte_read_through_the_target_is_an_old_one_under_load(seed:
     await world.graph.drain_and_detach(reader)
     await world.graph.remove("B")
     assert [node.name for node in world.graph.nodes()] == ["A"]
-
-
-RACES: dict[str, Callable[[Edge], Awaitable[None]]] = {
-    "write": lambda guest: guest.pwrite(0, bytes(CLUSTER)),
-    "zero": lambda guest: guest.zero(0, CLUSTER),
-    "discard": lambda guest: guest.discard(0, CLUSTER),
-}
-
-
-@pytest.mark.parametrize("change", RACES)
-@pytest.mark.parametrize("kind", ["read", "block status"])
-@pytest.mark.parametrize("serialise", [True, False])
-@pytest.mark.parametrize("depth", [0, 1])
-async def test_a_reader_between_look_up_and_disk_does_not_see_a_change(
-    kind: Literal["read", "block status"], change: str, serialise: bool, depth: int
-) -> None:
-    """The race that serialising copies end; with serialising switched off it must show."""
-    world = World()
-    disk, guest, storage = world.disk()
-    middle = disk
-    for _ in range(depth):
-        middle, _, _ = await world.overlay("C", disk, read_only=True)
-    target, _, below = await world.overlay("B", middle, serialise=serialise)
-    reader = world.reader(target)
-    await world.start((disk, target))
-    old = bytes(storage.data[:CLUSTER])
-    # 1. the reader finds the cluster unallocated in B, and is about to ask A
-    held = below.hold(kind)
-    ask: Callable[[], Awaitable[Any]] = {
-        "read": lambda: reader.pread(0, CLUSTER),
-        "block status": lambda: reader.block_status(0, CLUSTER),
-    }[kind]
-    asking = asyncio.ensure_future(ask())
-    await held.reached()
-    # 2. the guest changes the cluster; 3. its old data is copied to B; 4. the change reaches A
-    changing = asyncio.ensure_future(RACES[change](guest))
-    await turns(300)
-    assert changing.done() == (not serialise), "a change must wait for the reader exactly if copies serialise"
-    # 5. the reader goes on
-    held.release()
-    found = await asking
-    await changing
-    if kind == "read":
-        assert (bytes(found) == old) == serialise, "without serialising the race must show new data"
-    else:
-        assert any(extent.flags & ZERO for extent in found) == (not serialise)
-    assert bytes(await reader.pread(0, CLUSTER)) == old  # from B, by now
 
 
 async def test_a_reader_that_comes_while_old_data_is_copied_waits_for_it() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import os
 from pathlib import Path
@@ -55,6 +56,16 @@ async def test_a_file_given_up_leaves_nothing(tmp_path: Path) -> None:
     new = await made(tmp_path, b"half")
     await new.give_up()
     await new.storage.close()
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.usefixtures("_kind")
+async def test_whoever_is_cancelled_while_a_file_is_made_leaves_nothing(tmp_path: Path) -> None:
+    making = asyncio.ensure_future(NewFile.create(str(tmp_path)))
+    await asyncio.sleep(0)
+    making.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await making
     assert os.listdir(tmp_path) == []
 
 
@@ -139,7 +150,7 @@ async def test_directories_are_made_with_their_parents_and_synced(
 
 async def test_a_file_in_the_way_of_a_directory_is_named(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"")
-    with pytest.raises(IoError, match=r"make directory on '.*/a'"):
+    with pytest.raises(IoError, match=r"make directory on '.*/a': a file of that name is there"):
         async with made_directories(str(tmp_path / "a" / "b")):
             pass
 

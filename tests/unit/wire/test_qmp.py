@@ -163,7 +163,7 @@ def test_a_command_is_its_name_arguments_and_id() -> None:
         (b"{]", "JSON parse error, JSON is malformed"),
         (b"nope", "JSON parse error, JSON is malformed"),
         (b"{" * 50 + b"}" * 50, "JSON parse error, JSON is malformed"),
-        (b'{"a":' * 5000 + b"1" + b"}" * 5000, "JSON parse error, maximum recursion depth exceeded"),
+        (b'{"a":' * 50_000 + b"1" + b"}" * 50_000, "JSON parse error, maximum recursion depth exceeded"),
         (b'{"execute": "\x80"}', "JSON parse error, 'utf-8' codec"),
         (b"[1]", "QMP input must be a JSON object"),
         (b'"x"', "QMP input must be a JSON object"),

@@ -65,7 +65,7 @@ def main(words: list[str] | None = None) -> int:
         return _fail(options.jobs)
     if options.gauntlet:
         failure = gauntlet()
-        print(failure or "nothing found")
+        print(f"FAILED {failure}" if failure else "nothing found")
         return 1 if failure else 0
     if options.replay is not None:
         return _replay(options.replay)

@@ -152,15 +152,16 @@ _current: Recorder | None = None
 
 
 class Watch:
-    """Makes the classes watched report to `recorder`, from `install` to `remove`."""
+    """Makes the classes watched report to `recorder`, from `install` to `remove`. `also`: more classes to watch."""
 
-    def __init__(self) -> None:
+    def __init__(self, also: Iterable[type] = ()) -> None:
+        self._watched = (*_classes(), *also)
         self._undo: list[Callable[[], None]] = []
         self._reading = False
 
     def install(self) -> None:
         """Begins: objects get their names as they are made."""
-        for watched in _classes():
+        for watched in self._watched:
             _replace(self._undo, watched, "__setattr__", _setattr)
         for model in (_model_claims, _model_bitmaps, _model_disks, _model_order):
             model(self._undo)
@@ -187,7 +188,7 @@ class Watch:
         _current.active = on
         if on != self._reading:
             self._reading = on
-            for watched in _classes():
+            for watched in self._watched:
                 if on:
                     type.__setattr__(watched, "__getattribute__", _getattribute)
                 else:

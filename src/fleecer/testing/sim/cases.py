@@ -5,17 +5,21 @@ A case is data, so it can be written down, made smaller and run again:
     {"format": "raw", "clusters": 2, "held": ["access"], "actors": [["write 0 8", "flush"], ["sread 0 0 16"]]}
 
     write, zero, discard, read FIRST END      a guest, on sectors [FIRST, END)
+    fua, anew FIRST END                       a write with FUA; one by a guest who comes and goes
+    blank FIRST END                           writes zeroes, and keeps the space
     flush                                     a guest
     sread, sstatus WHICH FIRST END            a reader of the snapshot that is WHICH-th in age then
     sstart                                    a snapshot read through snapshot-access
     jstart                                    a backup job into an overlay of the live disk (the first scheme)
-    sstop, jcancel                            ends the oldest snapshot, the oldest job
+    sstop, jcancel [WHICH]                    ends the snapshot or job that is WHICH-th in age then (default 0)
+    backup                                    copies the whole disk of an instant
 
 Where there is no such snapshot nothing is done.
 
 Each actor does one thing after the other, all actors at once. `held` are made before, and the first `filled` sectors
 written (-1: all). `seed` decides times and tearing; `prompt` gives disks that take no time, so that the schedule alone
 decides. `over_nbd` puts a connection between everyone and the disk. `copy_timeout_s` bounds copies; 0: it does not.
+`on_error` tells what gives way where a copy fails.
 """
 
 from __future__ import annotations
@@ -28,15 +32,16 @@ import time
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Literal, get_args
 
+from fleecer.block.copier import OnError
 from fleecer.errors import FleecerError
 from fleecer.testing.sim.loop import Driver, Fifo, NamedLoop, Pct, Scheduler, Shuffle, SimLoop, simulate
 from fleecer.testing.sim.oracle import Violation
 from fleecer.testing.sim.world import Format, Held, Medium, World, make_world, prompt
 
 Scheme = Literal["access", "target"]
-GUESTS = ("write", "zero", "discard", "read", "flush")
+GUESTS = ("write", "zero", "discard", "read", "flush", "fua", "blank", "anew")
 READERS = ("sread", "sstatus")
-OPERATORS = ("sstart", "sstop", "jstart", "jcancel")
+OPERATORS = ("sstart", "sstop", "jstart", "jcancel", "backup")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,6 +58,7 @@ class Case:
     inline: float = 0.0
     filled: int = -1
     copy_timeout_s: float = 0.0
+    on_error: OnError = "break-snapshot"
 
     def to_json(self) -> str:
         """One line that `from_json` reads."""
@@ -71,7 +77,7 @@ def draw_case(seed: int) -> Case:
     """A case of a few actors on one to three clusters: small, so that they meet."""
     draw = random.Random(seed)
     clusters = draw.choice((1, 2, 2, 3))
-    formats: Sequence[Format] = draw.choices(get_args(Format), (3, 3, 2, 2))
+    formats: Sequence[Format] = draw.choices(get_args(Format), (3, 3, 2, 2, 2))
     held = tuple(draw.choice(get_args(Scheme)) for _ in range(draw.choice((0, 1, 1, 2))))
     actors = [
         tuple(_draw_guest(draw, clusters) for _ in range(draw.randint(1, 4))) for _ in range(draw.choice((1, 2, 3)))
@@ -80,7 +86,7 @@ def draw_case(seed: int) -> Case:
         tuple(_draw_reader(draw, clusters) for _ in range(draw.randint(1, 4))) for _ in range(draw.choice((1, 1, 2)))
     ]
     if draw.random() < 0.7:
-        actors.append(tuple(draw.choices(OPERATORS, (3, 2, 2, 2), k=draw.randint(1, 3))))
+        actors.append(tuple(_draw_operator(draw) for _ in range(draw.randint(1, 3))))
     return Case(
         formats[0],
         clusters,
@@ -88,19 +94,24 @@ def draw_case(seed: int) -> Case:
         tuple(actors),
         seed,
         over_nbd=draw.random() < 0.5,
-        inline=draw.choice((0.0, 0.0, 0.3, 0.8)),
+        inline=draw.choice((0.0, 0.3, 0.8)),
         filled=draw.choice((-1, -1, 0, 8)),
     )
 
 
 def _draw_guest(draw: random.Random, clusters: int) -> str:
-    (kind,) = draw.choices(GUESTS, (6, 2, 2, 2, 1))
+    (kind,) = draw.choices(GUESTS, (6, 2, 2, 2, 1, 1, 1, 1))
     return kind if kind == "flush" else f"{kind} {_draw_range(draw, clusters)}"
 
 
 def _draw_reader(draw: random.Random, clusters: int) -> str:
     (kind,) = draw.choices(READERS, (3, 1))
     return f"{kind} {draw.randrange(3)} {_draw_range(draw, clusters)}"
+
+
+def _draw_operator(draw: random.Random) -> str:
+    (kind,) = draw.choices(OPERATORS, (3, 2, 2, 2, 1))
+    return f"{kind} {draw.randrange(2)}" if kind in ("sstop", "jcancel") else kind
 
 
 def _draw_range(draw: random.Random, clusters: int) -> str:
@@ -156,6 +167,7 @@ async def _prepare(case: Case, trace: list[str] | None, medium: Medium | None) -
         trace=trace,
     )
     world.copy_timeout_s = case.copy_timeout_s
+    world.on_error = case.on_error
     filled = min(case.filled, world.history.sectors) if case.filled >= 0 else world.history.sectors
     if filled:
         await world.write(0, filled)
@@ -175,16 +187,18 @@ async def _act(world: World, operations: Sequence[str]) -> None:
             if held := _pick(world.held, which):
                 await (world.read_snapshot if kind == "sread" else world.status_of_snapshot)(held, first, end)
         else:
-            await _operate(world, kind)
+            await _operate(world, kind, *numbers)
 
 
-async def _operate(world: World, kind: str) -> None:
+async def _operate(world: World, kind: str, which: int = 0) -> None:
     try:
         if kind == "sstart":
             await world.take()
         elif kind == "jstart":
             await world.fleece()
-        elif held := _pick([one for one in world.held if (one.job is not None) == (kind == "jcancel")], 0):
+        elif kind == "backup":
+            await world.backup()
+        elif held := _pick([one for one in world.held if (one.job is not None) == (kind == "jcancel")], which):
             await world.end(held)
     except FleecerError as error:
         world.say(f"{kind} fails: {error}")

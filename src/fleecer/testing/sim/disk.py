@@ -1,9 +1,10 @@
 """A simulated disk: a storage with a volatile cache, whose requests take seeded time, tear, fail, and lose power.
 
 Fault model
-- A request is submitted, takes effect on the content at one or two later moments (*torn* between sectors), and
-  completes at another one after that. Requests in flight overtake each other. Times have a heavy tail: some are a
-  thousand times longer than most. Some requests are done at once, inside the call, as those in the page cache are.
+- A request is submitted, takes effect on the content at one or two later moments (*torn* between sectors, or inside
+  one, as between pread(2) and pwrite(2)), and completes at another one after that. Requests in flight overtake each
+  other. Times have a heavy tail: some are a thousand times longer than most. Some requests are done at once, inside
+  the call, as those in the page cache are.
 - What was written is readable once it has taken effect. It is durable once a sync that was submitted after the write
   had completed has completed itself. Until then, from its submission on, any subset of its sectors may be on the
   medium after a power cut, in any order with other such writes.
@@ -110,6 +111,28 @@ class _Moment(asyncio.Future[None]):
         self.set_result(None)
 
 
+class Breakpoint:
+    """Holds one request of a disk. Made by `SimDisk.hold`."""
+
+    def __init__(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._reached: asyncio.Future[None] = loop.create_future()
+        self._released: asyncio.Future[None] = loop.create_future()
+
+    async def reached(self) -> None:
+        """Returns when a request is held here."""
+        await self._reached
+
+    def release(self) -> None:
+        """Lets the held request go on."""
+        self._released.set_result(None)
+
+    async def stop(self) -> None:
+        """What the request does that has come here."""
+        self._reached.set_result(None)
+        await asyncio.shield(self._released)
+
+
 class SimDisk:
     """The storage. `data` is what reads see now. All times are the running loop's."""
 
@@ -125,6 +148,8 @@ class SimDisk:
         growable: bool = True,
         size_max: int = 1 << 30,
         tearing: bool = True,
+        tear_bytes: int = SECTOR_BYTES,
+        alignment_bytes: int = 1,
         inline: float = 0.0,
         trace: Callable[[str], None] | None = None,
     ) -> None:
@@ -133,7 +158,7 @@ class SimDisk:
         self.read_only = False
         self.identity = (0, id(self))
         self.is_block_device = False
-        self.limits = StorageLimits(growable=growable)
+        self.limits = StorageLimits(alignment_bytes=alignment_bytes, growable=growable)
         self.faults = faults
         self.in_flight = 0
         self._generator = generator
@@ -144,7 +169,9 @@ class SimDisk:
         self._position = 0  # of the log: grows with each submission and completion
         self._trace = trace
         self._tearing = tearing
+        self._tear_bytes = tear_bytes
         self._inline = inline
+        self._breakpoints: dict[str, Breakpoint] = {}
 
     @property
     def size(self) -> int:
@@ -178,7 +205,7 @@ class SimDisk:
         """See `Storage.pread`."""
         fault = self._begin("read", offset, length)
         try:
-            await self._pass(fault)
+            await self._pass("read", fault)
             data = bytearray(length)
             cut = self._tear(offset, length, fault)
             self._copy_out(data, offset, offset, cut)
@@ -212,7 +239,7 @@ class SimDisk:
         fault = self._begin("sync", 0, 0)
         covered = [write for write in self._log if write.ended is not None and write.durable_at is None]
         try:
-            await self._pass(fault)
+            await self._pass("sync", fault)
             if fault in ("EIO", "ENOSPC"):
                 for write in covered:
                     write.in_doubt = True
@@ -226,7 +253,7 @@ class SimDisk:
         """See `Storage.extents`."""
         fault = self._begin("status", offset, length)
         try:
-            await self._pass(fault)
+            await self._pass("status", fault)
             self._raise("status", fault, offset, length)
             runs = self._look(offset, length)
             await self._wait(self._latency())
@@ -238,6 +265,14 @@ class SimDisk:
         """See `Storage.truncate`. Not a moment for faults: only new scratches are resized."""
         self._resize(size)
 
+    def hold(self, operation: str) -> Breakpoint:
+        """Holds the next request of that operation ("read", "write", "status" ...), submitted but without effect yet.
+
+        Not one that is done at once.
+        """
+        breakpoint_ = self._breakpoints[operation] = Breakpoint()
+        return breakpoint_
+
     async def close(self) -> None:
         """See `Storage.close`."""
         assert not self.in_flight, f"{self.name} was closed with {self.in_flight} requests in flight"
@@ -246,7 +281,7 @@ class SimDisk:
         fault = self._begin(operation, offset, len(data))
         write = self._submit(offset, data)
         try:
-            await self._pass(fault)
+            await self._pass(operation, fault)
             end = offset + len(data)
             if end > max(self._size_max, len(self.data)) or (end > len(self.data) and not self.limits.growable):
                 fault = "ENOSPC"
@@ -256,8 +291,10 @@ class SimDisk:
                 write.in_doubt = True
             self._raise(operation, fault, offset, len(data))
             if cut < end:
-                await self._wait(self._latency())
-                self._put(cut, data[cut - offset :])
+                try:
+                    await self._wait(self._latency())
+                finally:  # whoever is cancelled here hears of it when all is done
+                    self._put(cut, data[cut - offset :])
             await self._wait(self._latency())
             self._position += 1
             write.ended = self._position
@@ -288,7 +325,10 @@ class SimDisk:
         if self._trace is not None:
             self._trace(f"    {self.name}: {what}")
 
-    async def _pass(self, fault: Kind | None) -> None:
+    async def _pass(self, operation: str, fault: Kind | None) -> None:
+        """What comes between a request's submission and its effect."""
+        if operation in self._breakpoints:
+            await self._breakpoints.pop(operation).stop()
         await self._wait(STALL_S if fault == "stall" else self._latency())
 
     @staticmethod
@@ -310,14 +350,15 @@ class SimDisk:
         self._say(f"{operation} {offset}+{length} done")
 
     def _tear(self, offset: int, length: int, fault: Kind | None) -> int:
-        """Where the request is cut in two: the end if it is not."""
+        """Where the request is cut in two: the end if it is not. One that fails leaves whole sectors."""
         end = offset + length
-        first = align_up(offset + 1, SECTOR_BYTES)
+        unit = SECTOR_BYTES if fault in ("EIO", "ENOSPC") else self._tear_bytes
+        first = align_up(offset + 1, unit)
         if fault == "short" and first < end:
             return first
         if first >= end or not self._tearing or self._generator.random() < 0.5:
             return end
-        return self._generator.randrange(first, end, SECTOR_BYTES)
+        return self._generator.randrange(first, end, unit)
 
     def _put(self, offset: int, data: bytes) -> None:
         end = offset + len(data)

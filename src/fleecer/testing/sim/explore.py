@@ -15,7 +15,7 @@ Invariants
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from fleecer.testing.sim.access import Recorder, Touched, Watch, conflict
 from fleecer.testing.sim.loop import Driver, NamedLoop
@@ -60,15 +60,18 @@ Program = Callable[[NamedLoop, Driver], None]
 
 
 class Explorer:
-    """A search over the runs of one program. It directs the loop of each (`Driver`)."""
+    """A search over the runs of one program. It directs the loop of each (`Driver`).
 
-    def __init__(self) -> None:
+    What the program shares are objects of the classes that access.py watches, and of those in `also`.
+    """
+
+    def __init__(self, also: Iterable[type] = ()) -> None:
         self.figures = Figures()
         self._stack: list[_Node] = []
         self._depth = 0
         self._known = 0  # how many steps of this run are those of the last
         self._recorder: Recorder
-        self._watch = Watch()
+        self._watch = Watch(also)
 
     def explore(self, program: Program, *, runs_max: int | None = None) -> bool:
         """Runs the program in every way. Raises what it raises, then `order` tells the choices that led there.

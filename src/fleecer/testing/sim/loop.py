@@ -216,10 +216,10 @@ class NamedLoop(SimLoop):
         """A name for something made in the current step, the same whatever else ran in between."""
         return f"{self.current}/{self._count(2)}"
 
-    def create_task(self, coro: Any, *, name: object = None, context: Any = None) -> Any:
+    def create_task(self, coro: Any, *, name: object = None, context: Any = None, **others: Any) -> Any:
         """See asyncio. Named after its maker, unless a name is given or the loop itself makes the first."""
         made = name or (f"{self.current}.{self._count(0)}" if self.steps else "main")
-        return super().create_task(coro, name=made, context=context)
+        return super().create_task(coro, name=made, context=context, **others)
 
     def _call_soon(self, callback: Any, args: Any, context: Any) -> Any:
         handle = super()._call_soon(callback, args, context)  # type: ignore[misc]

@@ -56,6 +56,7 @@ class Change:
     ended: int | None = None
     keeps: bool = False  # a discard may leave what was there
     failed: bool = False
+    lingers: bool = False  # it may be done long before it returns: FUA waits for a flush
     begun_at: int = 0
     durable_at: int | None = None
 
@@ -82,12 +83,14 @@ class History:
         """A read is called; for `check_read`."""
         return self.tick()
 
-    def begin(self, first: int, end: int, *, zero: bool = False, discard: bool = False) -> Change:
+    def begin(
+        self, first: int, end: int, *, zero: bool = False, discard: bool = False, lingers: bool = False
+    ) -> Change:
         """A change is called."""
         if not zero and not discard:
             self._number += 1
         number = 0 if zero or discard else self._number
-        change = Change(number, first, end, self.tick(), keeps=discard, begun_at=self.clock())
+        change = Change(number, first, end, self.tick(), keeps=discard, lingers=lingers, begun_at=self.clock())
         for sector in range(first, end):
             self._of[sector].append(change)
         return change
@@ -143,15 +146,16 @@ class History:
     def image(self, *, answers_on_the_way: bool = False) -> list[set[int]]:
         """What each sector may be at this very instant, while no change is under way on the disk itself.
 
-        A change that was called and has not returned is held back somewhere above, and not part of it; with
-        `answers_on_the_way` it may be done, and only its answer not here yet.
+        A change that was called and has not returned is held back somewhere above, and not part of it; but where it
+        lingers, or with `answers_on_the_way`, it may be done, and only its answer not here yet.
         """
         now = self.tick()
         return [
             {
                 c.number
                 for c in changes
-                if (c.ended is not None or c.failed or answers_on_the_way) and not self._replaced(c, changes, now)
+                if (c.ended is not None or c.failed or c.lingers or answers_on_the_way)
+                and not self._replaced(c, changes, now)
             }
             for changes in self._of
         ]

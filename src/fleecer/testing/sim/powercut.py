@@ -1,10 +1,11 @@
 """Power cuts: everything a qcow2 image may hold after one, at every moment of a small workload, opened and judged.
 
 A workload is up to three operations of a guest, in turn or at once, on an image that is fresh, has a backing file, or
-has a snapshot active. The simulated disk logs what was submitted, took effect and became durable; each moment of that
-log is a moment for a cut, and each cut leaves any subset of what was in doubt (disk.py).
+has a snapshot active; or on a raw one over NBD, where flushes come by a connection of their own. The simulated disk
+logs what was submitted, took effect and became durable; each moment of that log is a moment for a cut, and each cut
+leaves any subset of what was in doubt (disk.py).
 
-A medium is good if
+A raw medium is good if it reads as the oracle allows, a qcow2 one if
 - its refcounts are nowhere too low, and nothing is referenced twice (leaked clusters are allowed);
 - it opens for writing;
 - every sector reads as the oracle allows: nothing that was flushed is lost, nothing torn, nobody else's data;
@@ -28,11 +29,12 @@ from fleecer.errors import FleecerError
 from fleecer.testing.sim.disk import SimDisk
 from fleecer.testing.sim.loop import simulate
 from fleecer.testing.sim.oracle import SECTOR_BYTES, Violation, stamp
-from fleecer.testing.sim.world import OF_BASE, Medium, World, make_world
+from fleecer.testing.sim.world import OF_BASE, Format, Medium, World, make_world
 
-Setting = Literal["fresh", "backing", "snapshot"]
-OPERATIONS = ("write 0 8", "write 4 12", "zero 0 16", "discard 0 8", "flush")
-SETTINGS: tuple[Setting, ...] = ("fresh", "backing", "snapshot")
+Setting = Literal["fresh", "backing", "snapshot", "raw"]
+OPERATIONS = ("write 0 8", "write 4 12", "zero 0 16", "discard 0 8", "flush", "fua 4 12")
+SETTINGS: tuple[Setting, ...] = ("fresh", "backing", "snapshot", "raw")
+_FORMATS: dict[Setting, Format] = {"fresh": "qcow2", "backing": "overlay", "snapshot": "qcow2", "raw": "raw"}
 EXHAUSTIVE_SECTORS_MAX = 8
 SAMPLES = 16
 _NEW = 1 << 41  # number of what is written after the cut
@@ -87,8 +89,9 @@ def judge_workload(
 async def _run(workload: Workload) -> World:
     world = await make_world(
         random.Random(workload.seed),
-        format="overlay" if workload.setting == "backing" else "qcow2",
+        format=_FORMATS[workload.setting],
         medium=Medium(record=True),
+        over_nbd=workload.setting == "raw",
     )
     world.history.clock = lambda: world.image.position
     if workload.setting == "snapshot":
@@ -126,12 +129,16 @@ async def _judge_all(world: World, judged: Judged, samples: int, look: Callable[
             if look is not None:
                 look(medium)
             try:
-                await _judge(world, medium, moment, write_too=judged.states % 4 == 0)
+                await judge_medium(world, medium, moment, write_too=judged.states % 4 == 0)
             except Violation as error:
                 raise Violation(f"cut at {moment} of {world.image.position}: {error}") from error
 
 
-async def _judge(world: World, medium: bytearray, moment: int, *, write_too: bool) -> None:
+async def judge_medium(world: World, medium: bytearray, moment: int, *, write_too: bool = False) -> None:
+    """Raises Violation, or FleecerError, unless a medium that a cut at `moment` left is good."""
+    if world.node.driver != "qcow2":
+        world.history.check_after_cut(moment, bytes(medium))
+        return
     disk = SimDisk(medium, world.generator, name="medium", latency=lambda: 0.0, tearing=False, inline=1.0)
     await _check(disk)
     file = Edge(FileNode("medium", disk), "judge", "file", writable=True, may_grow=True)

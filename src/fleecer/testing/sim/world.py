@@ -35,12 +35,13 @@ from fleecer.testing.sim.oracle import SECTOR_BYTES, Change, History, SnapshotOr
 from fleecer.testing.streams import memory_streams
 
 CLUSTER_BYTES = 4096
+_TEAR_BYTES = SECTOR_BYTES // 8
 OF_BASE = 1 << 40
 """The number that the sectors of an overlay's backing file bear."""
 SECTORS_PER_CLUSTER = CLUSTER_BYTES // SECTOR_BYTES
 
-Format = Literal["raw", "bare", "qcow2", "overlay"]
-"""bare: raw, on a node that keeps no claims of its own."""
+Format = Literal["raw", "bare", "blocks", "qcow2", "overlay"]
+"""bare: raw, on a node that keeps no claims of its own; blocks: raw, on a disk that takes whole clusters only."""
 
 
 @dataclasses.dataclass(slots=True)
@@ -74,11 +75,13 @@ class World:
         self.node: Node
         self.edge: Edge  # what the disk's export holds
         self.top: Edge  # what the guest holds: the same, or the far end of a connection to that
+        self.side: Edge  # where its flushes go: the same, or a connection of their own
         self.guest_failures = 0
         self.copy_timeout_s = 0.0
         self.on_error: OnError = "break-snapshot"
         self.faults = medium.faults
         self.slowest_s = 0.0  # the longest that a guest's request took
+        self.records = medium.record
         self._medium = medium
         self._trace = trace
         self._serial = 0
@@ -88,8 +91,16 @@ class World:
         if self._trace is not None:
             self._trace.append(line)
 
-    def disk(self, content: int | bytes, name: str, *, image: bool = False) -> SimDisk:
-        """A new simulated disk; with `image` the one that `Medium.record` is about."""
+    def disk(
+        self,
+        content: int | bytes,
+        name: str,
+        *,
+        record: bool = False,
+        tear_bytes: int = _TEAR_BYTES,
+        alignment_bytes: int = 1,
+    ) -> SimDisk:
+        """A new simulated disk. Requests tear within sectors, as a rule: the node above keeps them apart."""
         medium = self._medium
         disk = SimDisk(
             content,
@@ -97,8 +108,10 @@ class World:
             name=name,
             latency=medium.latency() if medium.latency is not None else None,
             faults=self.faults.get(name),
-            record=medium.record and image,
+            record=record,
             tearing=medium.tearing,
+            tear_bytes=tear_bytes,
+            alignment_bytes=alignment_bytes,
             inline=medium.inline,
             trace=self._trace.append if self._trace is not None else None,
         )
@@ -110,6 +123,12 @@ class World:
         if self.server is None:
             return edge
         self.server.add(Export(name, name, edge))
+        return await self.connect(name, edge)
+
+    async def connect(self, name: str, edge: Edge) -> Edge:
+        """One more connection to an export, that of `edge`; the edge itself without a server."""
+        if self.server is None:
+            return edge
         near, far = memory_streams()
         self.server.serve(near)
         client = await NbdClient.connect(far, name)
@@ -130,18 +149,36 @@ class World:
 
     # Guests.
 
-    async def write(self, first: int, end: int) -> None:
-        """Writes sectors [first, end), each with the number of this write."""
-        change = self.history.begin(first, end)
+    async def write(self, first: int, end: int, *, edge: Edge | None = None, fua: bool = False) -> None:
+        """Writes sectors [first, end), each with the number of this write; with `fua` durably."""
+        change = self.history.begin(first, end, lingers=fua)
         self.say(f"guest writes {change.number} to sectors {first}..{end - 1}")
         data = b"".join(stamp(change.number, sector) for sector in range(first, end))
-        await self._change(change, self.top.pwrite(first * SECTOR_BYTES, data))
+        await self._change(change, (edge or self.top).pwrite(first * SECTOR_BYTES, data, fua))
+        if fua and not change.failed:
+            self.history.finish_flush([change])
 
-    async def zero(self, first: int, end: int) -> None:
+    async def fua(self, first: int, end: int) -> None:
+        """Writes durably."""
+        await self.write(first, end, fua=True)
+
+    async def anew(self, first: int, end: int) -> None:
+        """Writes as somebody does who comes for that and goes again."""
+        edge = self.graph.attach(self.graph.top(self.node), "export 'anew'", "nbd", writable=True)
+        try:
+            await self.write(first, end, edge=edge)
+        finally:
+            await self.graph.drain_and_detach(edge)
+
+    async def zero(self, first: int, end: int, *, unmap: bool = True) -> None:
         """Writes zeroes."""
         change = self.history.begin(first, end, zero=True)
         self.say(f"guest zeroes sectors {first}..{end - 1}")
-        await self._change(change, self.top.zero(first * SECTOR_BYTES, (end - first) * SECTOR_BYTES))
+        await self._change(change, self.top.zero(first * SECTOR_BYTES, (end - first) * SECTOR_BYTES, unmap))
+
+    async def blank(self, first: int, end: int) -> None:
+        """Writes zeroes, and keeps the space."""
+        await self.zero(first, end, unmap=False)
 
     async def discard(self, first: int, end: int) -> None:
         """Discards."""
@@ -184,7 +221,7 @@ class World:
         """Flushes."""
         covered = self.history.begin_flush()
         try:
-            await self.top.flush()
+            await self.side.flush()
         except FleecerError as error:
             self.guest_failures += 1
             self.say(f"guest's flush fails: {error}")
@@ -224,21 +261,19 @@ class World:
         held = Held(name, reader, await self.door(name, reader), oracle, fleece.snapshot, fleece)
         return self._hold(held)
 
-    async def fleece(self, target: SimDisk | None = None) -> Held:
-        """A snapshot by the first scheme: a qcow2 image over the live disk, kept true by a backup job."""
+    async def fleece(self, target: SimDisk | None = None, *, depth: int = 0) -> Held:
+        """A snapshot by the first scheme: a qcow2 image over the live disk, kept true by a backup job.
+
+        `depth` empty images are between the two.
+        """
         self._serial += 1
         name = f"b{self._serial}"
+        below = self.node
+        for level in range(depth):
+            middle = self.disk(_empty_image(self.size), f"middle-{name}-{level}")
+            below = await self._overlay(f"{name}-{level}", middle, below, read_only=True)
         disk = target or self.disk(_empty_image(self.size), f"target-{name}")
-        file = self.graph.attach(self.add(disk), f"node {name}", "file", writable=True, may_grow=True)
-        backing = self.graph.attach(self.node, f"node {name}", "backing")
-        try:
-            header = await read_header(file, name)
-            node = await open_qcow2(file, name=name, header=header, backing=backing, read_only=False)
-        except BaseException:
-            for edge in (file, backing):
-                await self.graph.drain_and_detach(edge)
-            raise
-        self.graph.add(node, named=False)
+        node = await self._overlay(name, disk, below, read_only=False)
         reader = self.graph.attach(node, f"export {name}", "nbd")
         request = BackupRequest(name, self.node, node, "none", timeout_s=self.copy_timeout_s, on_error=self.on_error)
         try:
@@ -250,6 +285,40 @@ class World:
         self.say(f"job {name} started")
         held = Held(name, reader, await self.door(name, reader), oracle, job.fleece.snapshot, job.fleece, job)
         return self._hold(held)
+
+    async def _overlay(self, name: str, disk: SimDisk, below: Node, *, read_only: bool) -> Node:
+        """A qcow2 image over the node `below`, in the graph until its last edge goes."""
+        writable = not read_only
+        file = self.graph.attach(self.add(disk), f"node {name}", "file", writable=writable, may_grow=writable)
+        backing = self.graph.attach(below, f"node {name}", "backing")
+        try:
+            header = await read_header(file, name)
+            node = await open_qcow2(file, name=name, header=header, backing=backing, read_only=read_only)
+        except BaseException:
+            for edge in (file, backing):
+                await self.graph.drain_and_detach(edge)
+            raise
+        self.graph.add(node, named=False)
+        return node
+
+    async def backup(self) -> None:
+        """Copies the whole disk of an instant, and checks that the copy is that, durably."""
+        self._serial += 1
+        name = f"f{self._serial}"
+        disk = self.disk(self.size, f"target-{name}", record=True)
+        request = BackupRequest(
+            name, self.node, self.add(disk), "full", fresh=True, timeout_s=self.copy_timeout_s, on_error=self.on_error
+        )
+        (job,) = await start_backups(self.graph, self.jobs, [request], lambda *_: None)
+        oracle = SnapshotOracle(name, self._image())
+        self.say(f"backup {name} started")
+        await job.concluded()
+        self.say(f"backup {name} ended {job.error}")
+        if not job.error:
+            for medium in disk.crash_states(self.generator, exhaustive_up_to=2, samples=4):
+                oracle.check_read(0, bytes(medium))
+        elif not self.failed():
+            raise Violation(f"backup {name} failed: {job.error}")
 
     def _image(self) -> list[set[int]]:
         """What the disk is now, when a cut has just returned and nothing has run since."""
@@ -316,7 +385,7 @@ class World:
     # The end.
 
     async def finish(self) -> None:
-        """Reads everything once more, ends the snapshots, and checks that nothing is left behind."""
+        """Reads everything once more, ends the snapshots, and checks that nothing failed for nothing, or is left."""
         sectors = self.history.sectors
         await self.read(0, sectors)
         for held in list(self.held):
@@ -330,7 +399,11 @@ class World:
             await asyncio.sleep(STALL_S)
         else:
             raise Violation(left)
+        if self.guest_failures and not self.failed():
+            raise Violation(f"{self.guest_failures} requests of guests failed though no disk did")
         await self.shut("disk", self.top, self.edge)
+        if self.side is not self.top:
+            await self.side.node.close()
         await self._close()
         for disk in self.disks:
             if disk.in_flight:
@@ -450,12 +523,19 @@ async def make_world(
 ) -> World:
     """A disk of `clusters` clusters of 4 KiB, with no snapshot, and a guest's way to it, `over_nbd` or directly."""
     world = World(generator, clusters, medium or Medium(), trace)
-    if format in ("raw", "bare"):
-        world.image = world.disk(world.size, "disk", image=True)
-        world.node = FileNode("disk", world.image) if format == "raw" else BareNode("disk", world.image)
+    record = world.records
+    if format in ("raw", "bare", "blocks"):
+        world.image = world.disk(
+            world.size,
+            "disk",
+            record=record,
+            tear_bytes=SECTOR_BYTES if format == "bare" else _TEAR_BYTES,
+            alignment_bytes=CLUSTER_BYTES if format == "blocks" else 1,
+        )
+        world.node = BareNode("disk", world.image) if format == "bare" else FileNode("disk", world.image)
         world.graph.add(world.node, named=True)
     else:
-        world.image = world.disk(_empty_image(world.size), "image", image=True)
+        world.image = world.disk(_empty_image(world.size), "image", record=record)
         file_node = world.add(world.image)
         file = world.graph.attach(file_node, "node 'disk'", "file", writable=True, may_grow=True, shares_write=False)
         backing = None
@@ -469,6 +549,7 @@ async def make_world(
     world.edge = world.graph.attach(world.node, "export 'disk'", "nbd", writable=True)
     world.server = Server(raise_internal_errors=True) if over_nbd else None
     world.top = await world.door("disk", world.edge)
+    world.side = await world.connect("disk", world.edge)
     return world
 
 

@@ -9,6 +9,7 @@ from tests.qcow2_world import HeldStorage, checked, guest, new_image, open_image
 
 from fleecer.block.nodes.qcow2.metadata import SingleFlight, SliceCache
 from fleecer.errors import UsageError
+from fleecer.testing.memory import MemoryStorage
 from fleecer.units import KiB, MiB
 
 CLUSTER = 64 * KiB
@@ -88,3 +89,22 @@ async def test_a_cancelled_flush_leaves_the_image_whole_and_others_flushes_going
     await node.close()
     report = await checked(storage)
     assert (report.corruptions, report.leaks) == (0, 0)
+
+
+async def test_an_image_is_closed_only_after_the_commit_that_a_cancelled_flush_left_running() -> None:
+    storage = HeldStorage(0, name="image")
+    await new_image(MiB, storage)
+    node = await open_image(storage)
+    disk = guest(node)
+    await disk.pwrite(0, b"x" * CLUSTER)
+    hold = storage.hold("write")
+    flushing = asyncio.ensure_future(disk.flush())
+    await hold.reached.wait()
+    flushing.cancel()
+    closing = asyncio.ensure_future(node.close())
+    await settle()
+    assert not closing.done()
+    hold.released.set()
+    await closing
+    again = await open_image(MemoryStorage(bytes(storage.data)))
+    assert await guest(again).pread(0, CLUSTER) == b"x" * CLUSTER

@@ -73,6 +73,11 @@ class Committer:
         return bool(self._l2.dirty or counts or self._image.l1_dirty or allocator.table_dirty or allocator.freed)
 
     @property
+    def running(self) -> bool:
+        """Whether a commit is under way: perhaps for nobody, if whoever asked for it was cancelled."""
+        return self._running
+
+    @property
     def pressing(self) -> bool:
         """Whether so much is dirty that writers should wait for a commit."""
         return (

@@ -278,7 +278,7 @@ class Qcow2Node(Node):
 
     async def close(self) -> None:
         """Commits what is dirty, frees included, unless the image was given up before."""
-        while self._commits.dirty and self._image.failure is None:
+        while (self._commits.dirty or self._commits.running) and self._image.failure is None:
             await self._commits.flush()
 
     async def _prepare(self) -> None:

@@ -1,0 +1,514 @@
+"""Mistakes in copy-before-write and in the two ways to read the past."""
+
+from tests.mutants.mutant import Mutant
+
+_COPIER = "block/copier.py"
+_ACCESS = "block/nodes/snapshot_access.py"
+_FILTER = "block/nodes/copy_before_write.py"
+
+MUTANTS = [
+    Mutant(
+        "done-before-copied",
+        _COPIER,
+        """
+                self._settled.set(first, stop)
+                self._copies.append(copy)
+""",
+        """
+                self._settled.set(first, stop)
+                self._newest.done.set(first, stop)
+                self._copies.append(copy)
+""",
+        "old data is in a scratch before it is marked done",
+    ),
+    Mutant(
+        "copy-not-waited-for",
+        _COPIER,
+        """
+            if under_way := [c for c in self._copies if c.start < end and first < c.end]:
+""",
+        """
+            if (under_way := [c for c in self._copies if c.start < end and first < c.end]) and not mine:
+""",
+        "a change starts only when the old data is in a scratch",
+    ),
+    Mutant(
+        "others-copy-not-waited-for",
+        _COPIER,
+        """
+            if under_way := [c for c in self._copies if c.start < end and first < c.end]:
+""",
+        """
+            if under_way := [c for c in mine if c in self._copies and c.start < end and first < c.end]:
+""",
+        "a change waits for the copies of its clusters whoever started them",
+    ),
+    Mutant(
+        "settled-while-being-copied",
+        _COPIER,
+        """
+        if self._copies or any(len(snapshot.frozen) for snapshot in self._snapshots):
+            return True
+""",
+        """
+        if any(len(snapshot.frozen) for snapshot in self._snapshots):
+            return True
+""",
+        "a cluster on its way to a scratch is not there yet",
+    ),
+    Mutant(
+        "frozen-reads-forgotten-once-settled",
+        _COPIER,
+        """
+        if self._copies or any(len(snapshot.frozen) for snapshot in self._snapshots):
+            return True
+""",
+        """
+        if self._copies:
+            return True
+""",
+        "a change of what is preserved still waits for those who read it from the disk",
+    ),
+    Mutant(
+        "frozen-reads-not-waited-for",
+        _COPIER,
+        """
+        await self._reads_ended(first, end, since_s, offset, length)
+""",
+        "",
+        "a change waits for reads of its range by snapshots",
+    ),
+    Mutant(
+        "frozen-reads-waited-for-before-done",
+        _COPIER,
+        """
+        mine: list[_Copy] = []
+        while self._newest is not None or self._copies:
+            self._start_copies(first, end, mine)
+            for copy in mine:
+                if copy.error is not None and copy.fails_change:
+                    raise copy.error
+                since_s = max(since_s, copy.done_at_s)
+            if under_way := [c for c in self._copies if c.start < end and first < c.end]:
+                now_s = loop.time()
+                self._look_for_late(under_way, since_s, now_s, offset, length)
+                if under_way[0] in self._copies:
+                    await _done_in_time(under_way[0].ended(), self._next_deadline(since_s, now_s))
+                    since_s = max(since_s, *(copy.done_at_s for copy in (*under_way, *mine)))
+            elif self._newest is None or self._settled.all(first, end):
+                break
+            else:
+                await asyncio.sleep(0)  # much was copied without a wait: others have their turn before the rest is
+        await self._reads_ended(first, end, since_s, offset, length)
+""",
+        """
+        mine: list[_Copy] = []
+        await self._reads_ended(first, end, since_s, offset, length)
+        while self._newest is not None or self._copies:
+            self._start_copies(first, end, mine)
+            for copy in mine:
+                if copy.error is not None and copy.fails_change:
+                    raise copy.error
+                since_s = max(since_s, copy.done_at_s)
+            if under_way := [c for c in self._copies if c.start < end and first < c.end]:
+                now_s = loop.time()
+                self._look_for_late(under_way, since_s, now_s, offset, length)
+                if under_way[0] in self._copies:
+                    await _done_in_time(under_way[0].ended(), self._next_deadline(since_s, now_s))
+                    since_s = max(since_s, *(copy.done_at_s for copy in (*under_way, *mine)))
+            elif self._newest is None or self._settled.all(first, end):
+                break
+            else:
+                await asyncio.sleep(0)
+""",
+        "done is set before frozen reads are waited for",
+    ),
+    Mutant(
+        "frozen-reads-of-the-newest-only",
+        _COPIER,
+        """
+        for snapshot in sorted(self._readable(), key=_gives_way) if self._freeze else ():
+""",
+        """
+        for snapshot in self._readable()[-1:]:
+""",
+        "a change waits for the reads of every snapshot",
+    ),
+    Mutant(
+        "no-look-after-a-failed-copy",
+        _COPIER,
+        """
+                    since_s = max(since_s, *(copy.done_at_s for copy in (*under_way, *mine)))
+""",
+        """
+                    since_s = max(since_s, *(copy.done_at_s for copy in (*under_way, *mine)))
+                if under_way[0].error is not None:
+                    break
+""",
+        "who waited for a copy that failed looks again",
+    ),
+    Mutant(
+        "failed-copy-stays-marked",
+        _COPIER,
+        """
+        copy.error = error
+        if copy.given_up:
+            return
+        self._copies.remove(copy)
+        self._look_again()
+""",
+        """
+        copy.error = error
+        if copy.given_up:
+            return
+        self._copies.remove(copy)
+""",
+        "a failed copy is unmarked",
+    ),
+    Mutant(
+        "unmarked-after-the-wake",
+        _COPIER,
+        """
+        copy.error = error
+        if copy.given_up:
+            return
+        self._copies.remove(copy)
+        self._look_again()
+""",
+        """
+        copy.error = error
+        if copy.given_up:
+            return
+        self._copies.remove(copy)
+        loop = asyncio.get_running_loop()
+        loop.call_soon(loop.call_soon, self._look_again)
+""",
+        "a failed copy is unmarked before its waiters wake",
+    ),
+    Mutant(
+        "copy-wakes-nobody",
+        _COPIER,
+        """
+                copy.snapshot.done.set(copy.start, copy.end)
+                self._copies.remove(copy)
+                copy.wake()
+""",
+        """
+                copy.snapshot.done.set(copy.start, copy.end)
+                self._copies.remove(copy)
+""",
+        "the end of a copy wakes those who wait for it",
+    ),
+    Mutant(
+        "given-up-copy-goes-on-to-the-scratch",
+        _COPIER,
+        """
+            if copy.given_up:
+                return  # and the scratch may be gone
+""",
+        "",
+        "a copy given up touches no scratch, which may be gone",
+    ),
+    Mutant(
+        "useless-copy-not-given-up",
+        _COPIER,
+        """
+        self._look_again()
+        self._give_up_useless([])
+""",
+        """
+        self._look_again()
+""",
+        "a change does not wait for a copy that nobody needs any more",
+    ),
+    Mutant(
+        "copy-for-an-older-snapshot-counts",
+        _COPIER,
+        """
+            if copy.snapshot in serving:  # one for an older snapshot does not help this one
+                self._settled.set(copy.start, copy.end)
+""",
+        """
+            self._settled.set(copy.start, copy.end)
+""",
+        "a copy for an older snapshot does not count for a newer",
+    ),
+    Mutant(
+        "retired-scratches-not-counted",
+        _COPIER,
+        """
+        serving = self._snapshots[self._snapshots.index(self._newest) :]
+""",
+        """
+        serving = [self._newest]
+""",
+        "what a retired snapshot preserved is not copied again, later, for an older one",
+    ),
+    Mutant(
+        "retired-scratch-dropped-while-read",
+        _COPIER,
+        """
+            if old.living or (kept and old.done.count()):  # else nothing in it is for an older one
+                kept.append(old)
+""",
+        """
+            if old.living:
+                kept.append(old)
+""",
+        "a retired snapshot's scratch stays while an older one reads it",
+    ),
+    Mutant(
+        "newest-scratch-read-first",
+        _COPIER,
+        """
+        for holder in self._snapshots[self._snapshots.index(snapshot) :]:
+            held, end = holder.done.run(first, end)
+""",
+        """
+        for holder in reversed(self._snapshots[self._snapshots.index(snapshot) :]):
+            held, end = holder.done.run(first, end)
+""",
+        "a snapshot reads the first scratch, from its own on, that holds a cluster",
+    ),
+    Mutant(
+        "copies-go-to-the-oldest",
+        _COPIER,
+        """
+        self._newest = readable[-1] if readable else None
+""",
+        """
+        self._newest = readable[0] if readable else None
+""",
+        "old data goes to the newest snapshot's scratch",
+    ),
+    Mutant(
+        "all-break-for-one-scratch",
+        _COPIER,
+        """
+            self._copy_failed(copy, error, self._needing(copy.start, copy.end) if reading else [copy.snapshot])
+""",
+        """
+            self._copy_failed(copy, error, self._needing(copy.start, copy.end))
+""",
+        "a scratch that fails breaks its own snapshot and no other",
+    ),
+    Mutant(
+        "unreadable-disk-breaks-nobody",
+        _COPIER,
+        """
+            self._copy_failed(copy, error, self._needing(copy.start, copy.end) if reading else [copy.snapshot])
+""",
+        """
+            self._copy_failed(copy, error, [] if reading else [copy.snapshot])
+""",
+        "where the disk cannot be read all snapshots that need the copy break, and the change goes on",
+    ),
+    Mutant(
+        "change-goes-on-without-its-copy",
+        _COPIER,
+        """
+                if copy.error is not None and copy.fails_change:
+                    raise copy.error
+                since_s""",
+        """
+                if copy.error is not None and copy.fails_change:
+                    return
+                since_s""",
+        "under break-guest-write a change whose copy failed does not happen",
+    ),
+    Mutant(
+        "breaks-although-the-change-fails",
+        _COPIER,
+        """
+        for snapshot in () if copy.fails_change else concerned:
+""",
+        """
+        for snapshot in concerned:
+""",
+        "under break-guest-write every snapshot stays whole",
+    ),
+    Mutant(
+        "fresh-taken-for-granted",
+        _COPIER,
+        """
+            elif not copy.snapshot.fresh:
+                await scratch.zero""",
+        """
+            elif copy.snapshot.fresh:
+                await scratch.zero""",
+        "zeroes are copied to a scratch that may hold something else",
+    ),
+    Mutant(
+        "copy-without-a-deadline",
+        _COPIER,
+        """
+        return min((deadline for deadline in deadlines if deadline > now_s), default=None)
+""",
+        """
+        return max((deadline + 1e6 for deadline in deadlines if deadline > now_s), default=None)
+""",
+        "a change waits for a copy no longer than the snapshot says",
+    ),
+    Mutant(
+        "reader-without-a-deadline",
+        _COPIER,
+        """
+            deadline = since_s + snapshot.timeout_s if snapshot.timeout_s else None
+            if reading""",
+        """
+            deadline = None
+            if reading""",
+        "a change waits for a snapshot's reader no longer than the snapshot says",
+    ),
+    Mutant(
+        "late-change-passes-silently",
+        _COPIER,
+        """
+        self.break_snapshot(snapshot, cause)
+
+    def _give_up(""",
+        """
+
+    def _give_up(""",
+        "a snapshot whose copy took too long breaks",
+    ),
+    Mutant(
+        "last-cluster-left-out",
+        _COPIER,
+        """
+        return offset // self.cluster_size_bytes, (offset + length - 1) // self.cluster_size_bytes + 1
+""",
+        """
+        first = offset // self.cluster_size_bytes
+        return first, max(first + 1, (offset + length) // self.cluster_size_bytes)
+""",
+        "a change is aligned outward: every cluster it touches is preserved",
+    ),
+    Mutant(
+        "reads-of-the-broken-go-on",
+        _COPIER,
+        """
+        if self.broken is not None:
+            raise SnapshotBroken(self.name, self.broken.cause)
+        if not self.living:
+""",
+        """
+        if not self.living:
+""",
+        "a broken snapshot answers no read",
+    ),
+    Mutant(
+        "zeroes-not-preserved",
+        _FILTER,
+        """
+        if self.copier.must_preserve(offset, length):
+            await self.copier.preserve(offset, length)
+        await self.child.zero(offset, length, unmap, serialising=serialising)
+""",
+        """
+        await self.child.zero(offset, length, unmap, serialising=serialising)
+""",
+        "writing zeroes is a change",
+    ),
+    Mutant(
+        "discards-not-preserved",
+        _FILTER,
+        """
+        if self.copier.must_preserve(offset, length):
+            await self.copier.preserve(offset, length)
+        await self.child.discard(offset, length)
+""",
+        """
+        await self.child.discard(offset, length)
+""",
+        "a discard is a change",
+    ),
+    Mutant(
+        "freeze-after-an-await",
+        _ACCESS,
+        """
+            claim = self._copier.freeze(self.snapshot, offset, length)
+""",
+        """
+            await __import__("asyncio").sleep(0)
+            claim = self._copier.freeze(self.snapshot, offset, length)
+""",
+        "choosing the disk and freezing it are one step",
+    ),
+    Mutant(
+        "all-runs-chosen-at-once",
+        _ACCESS,
+        """
+        while position < length:
+            holder, run = self._locate(offset + position, length - position)
+            data[position : position + run] = await self._read_run(holder, offset + position, run)
+            position += run
+        return data
+""",
+        """
+        runs = []
+        while position < length:
+            holder, run = self._locate(offset + position, length - position)
+            runs.append((holder, position, run))
+            position += run
+        for holder, position, run in runs:
+            data[position : position + run] = await self._read_run(holder, offset + position, run)
+        return data
+""",
+        "each run's side is chosen just before it is read",
+    ),
+    Mutant(
+        "thawed-before-read",
+        _ACCESS,
+        """
+            try:
+                data = await self._copier.source.pread(offset, length)
+            finally:
+                self._copier.thaw(self.snapshot, claim)
+""",
+        """
+            self._copier.thaw(self.snapshot, claim)
+            data = await self._copier.source.pread(offset, length)
+""",
+        "the disk stays frozen until it has been read",
+    ),
+    Mutant(
+        "status-not-frozen",
+        _ACCESS,
+        """
+            claim = self._copier.freeze(self.snapshot, offset, run)
+            try:
+                extents = await self._copier.source.block_status(offset, run)
+            finally:
+                self._copier.thaw(self.snapshot, claim)
+""",
+        """
+            extents = await self._copier.source.block_status(offset, run)
+""",
+        "block status freezes what it asks the disk about",
+    ),
+    Mutant(
+        "no-check-after-the-read",
+        _ACCESS,
+        """
+        self.snapshot.check()
+        return data
+""",
+        """
+        return data
+""",
+        "breakage is looked at after a read, before its data is used",
+    ),
+    Mutant(
+        "no-check-after-the-status",
+        _ACCESS,
+        """
+        self.snapshot.check()
+        return extents
+""",
+        """
+        return extents
+""",
+        "breakage is looked at after a status, before it is used",
+    ),
+]

@@ -1,0 +1,330 @@
+"""Mistakes in the graph: cuts and their ends, edges and their gates, claims."""
+
+from tests.mutants.mutant import Mutant
+
+_FLEECING = "block/fleecing.py"
+_GRAPH = "block/graph.py"
+_EDGE = "block/edge.py"
+_CLAIMS = "block/inflight.py"
+
+MUTANTS = [
+    Mutant(
+        "disks-cut-one-after-another",
+        _FLEECING,
+        """
+    async with graph.drained(covered, timeout_s=timeout_s):
+        try:
+            for plan in plans:
+                done.append(_cut_one(graph, plan))  # noqa: PERF401 - if one fails, those done are taken back
+""",
+        """
+    everything, plans = plans, []
+    for plan in everything:
+        plans = [plan]
+        async with graph.drained(covered, timeout_s=timeout_s):
+                done.append(_cut_one(graph, plan))
+    if everything:
+        try:
+            pass
+""",
+        "all disks of a cut are at rest together",
+    ),
+    Mutant(
+        "gates-open-before-the-cut",
+        _GRAPH,
+        """
+                    await _all_idle(upper, deadline, timeout_s)
+                yield
+""",
+        """
+                    await _all_idle(upper, deadline, timeout_s)
+                while closed:
+                    closed.pop().open_gate()
+                await asyncio.sleep(0)
+                yield
+""",
+        "gates stay closed until the cut is made",
+    ),
+    Mutant(
+        "requests-in-flight-at-the-cut",
+        _GRAPH,
+        """
+                    await _all_idle(upper, deadline, timeout_s)
+                yield
+""",
+        """
+                    await asyncio.sleep(0)
+                yield
+""",
+        "no request is in flight at the instant",
+    ),
+    Mutant(
+        "one-edge-not-drained",
+        _GRAPH,
+        """
+                while upper := self._uppermost([edge for edge in choose() if edge not in closed]):
+""",
+        """
+                while upper := self._uppermost([edge for edge in list(choose())[1:] if edge not in closed]):
+""",
+        "every edge that changes the disk is drained",
+    ),
+    Mutant(
+        "edges-chosen-once",
+        _GRAPH,
+        """
+                while upper := self._uppermost([edge for edge in choose() if edge not in closed]):
+""",
+        """
+                if upper := self._uppermost([edge for edge in choose() if edge not in closed]):
+""",
+        "who came while a cut waited is drained too",
+    ),
+    Mutant(
+        "filter-taken-out-undrained",
+        _FLEECING,
+        """
+        async with graph.drained(lambda: graph.parents(filter_node), timeout_s=timeout_s):
+            if _is_needless""",
+        """
+        async with graph.drained(lambda: [], timeout_s=timeout_s):
+            if _is_needless""",
+        "a filter is taken out while nothing is in flight through it",
+    ),
+    Mutant(
+        "filter-taken-out-though-used-again",
+        _FLEECING,
+        """
+            if _is_needless(graph, filter_node):  # somebody may have been quicker while we waited our turn
+                return graph.bypass(filter_node)
+""",
+        """
+            if filter_node in graph.nodes():
+                return graph.bypass(filter_node)
+""",
+        "a filter stays until its last snapshot has ended",
+    ),
+    Mutant(
+        "let-go-while-in-flight",
+        _GRAPH,
+        """
+            await edge.idle()
+            await self.detach(edge)
+        except FleecerError as error:
+""",
+        """
+            await self.detach(edge)
+        except FleecerError as error:
+""",
+        "a scratch is closed when no copy into it is in flight",
+    ),
+    Mutant(
+        "detached-while-in-flight",
+        _GRAPH,
+        """
+        edge.close_gate()
+        await edge.idle()
+        await self.detach(edge)
+""",
+        """
+        edge.close_gate()
+        await self.detach(edge)
+""",
+        "a node is closed when nothing is in flight on its edges",
+    ),
+    Mutant(
+        "target-not-checked",
+        _FLEECING,
+        """
+    fleece.check_reads_by(snapshot.check)  # whoever reads the past through the target hears of it if that breaks
+""",
+        "",
+        "a fleecing target whose snapshot broke never shows the present",
+    ),
+    Mutant(
+        "copies-pass-the-guest-by",
+        _FLEECING,
+        """
+    covered = graph.edges_to_cover(node, target)
+    for edge""",
+        """
+    covered = graph.edges_to_cover(node, target)[:-1]
+    for edge""",
+        "whoever writes to a protected disk goes through its filter",
+    ),
+    Mutant(
+        "busy-counted-late",
+        _EDGE,
+        """
+            self._refuse_change("write", offset, length)
+            return
+        self.busy += 1
+""",
+        """
+            self._refuse_change("write", offset, length)
+            return
+        await asyncio.sleep(0)
+        self.busy += 1
+""",
+        "a request is counted in the step in which it passes the gate",
+    ),
+    Mutant(
+        "gate-not-looked-at-again",
+        _EDGE,
+        """
+        while self._gate is not None:
+            await asyncio.shield(self._gate)
+""",
+        """
+        if self._gate is not None:
+            await asyncio.shield(self._gate)
+""",
+        "who waited at the gate looks at it again",
+    ),
+    Mutant(
+        "node-looked-up-before-the-gate",
+        _EDGE,
+        """
+        if self._gate is not None:
+            await self._pass_gate()
+        node = self._node
+        length = len(data)
+""",
+        """
+        node = self._node
+        if self._gate is not None:
+            await self._pass_gate()
+        length = len(data)
+""",
+        "the node is looked up after the gate",
+    ),
+    Mutant(
+        "reads-look-up-before-the-gate",
+        _EDGE,
+        """
+        if self._gate is not None:
+            await self._pass_gate()
+        node = self._node
+        if offset < 0 or length <= 0 or offset + length > node.size:
+            return self._refuse_range("read", offset, length)
+""",
+        """
+        node = self._node
+        if self._gate is not None:
+            await self._pass_gate()
+        if offset < 0 or length <= 0 or offset + length > node.size:
+            return self._refuse_range("read", offset, length)
+""",
+        "a node swapped out under drain sees no request that follows",
+    ),
+    Mutant(
+        "padded-writes-do-not-serialise",
+        _EDGE,
+        """
+    claim = padding.enter(start, end - start, serialising=unaligned)
+""",
+        """
+    claim = padding.enter(start, end - start)
+""",
+        "a padded write reads, changes and writes whole units alone",
+    ),
+    Mutant(
+        "zeroes-beside-a-padded-write",
+        _EDGE,
+        """
+    claim = node.padding.enter(inner_start, inner_end - inner_start)
+    try:
+        if claim.blockers:
+            await claim.granted()
+""",
+        """
+    claim = node.padding.enter(inner_start, inner_end - inner_start)
+    try:
+""",
+        "a padded write brings nothing back that was zeroed meanwhile",
+    ),
+    Mutant(
+        "fua-forgotten",
+        _EDGE,
+        """
+                await _shaped_pwrite(node, offset, data, serialising)
+            if fua:
+                await node.flush()
+""",
+        """
+                await _shaped_pwrite(node, offset, data, serialising)
+""",
+        "a write with FUA is durable when it returns",
+    ),
+    Mutant(
+        "dependents-not-woken",
+        _CLAIMS,
+        """
+            if not dependent.blockers and waiter is not None and not waiter.done():
+                waiter.set_result(True)
+""",
+        """
+            if dependent.blockers and waiter is not None and not waiter.done():
+                waiter.set_result(True)
+""",
+        "a claim that leaves releases those behind it",
+    ),
+    Mutant(
+        "woken-by-the-first-to-leave",
+        _CLAIMS,
+        """
+            if not dependent.blockers and waiter is not None and not waiter.done():
+""",
+        """
+            if waiter is not None and not waiter.done():
+""",
+        "a claim waits for every earlier conflicting one",
+    ),
+    Mutant(
+        "waits-for-one-earlier-claim-only",
+        _CLAIMS,
+        """
+                earlier.dependents.append(claim)
+                claim.blockers += 1
+""",
+        """
+                earlier.dependents.append(claim)
+                claim.blockers += 1
+                break
+""",
+        "a claim waits for every earlier conflicting one",
+    ),
+    Mutant(
+        "sharing-claims-pass-serialising-ones",
+        _CLAIMS,
+        """
+        if self._claims and (serialising or self._serialising_count) and self._serialise:
+""",
+        """
+        if self._claims and serialising and self._serialise:
+""",
+        "claims conflict when at least one of them serialises",
+    ),
+    Mutant(
+        "readers-not-waited-for",
+        _CLAIMS,
+        """
+            if earlier.start < end and start < earlier.end and (serialising or earlier.serialising):
+""",
+        """
+            if earlier.start < end and start < earlier.end and earlier.serialising:
+""",
+        "a serialising claim waits for the sharing ones before it",
+    ),
+    Mutant(
+        "overlap-one-byte-short",
+        _CLAIMS,
+        """
+            if earlier.start < end and start < earlier.end and (serialising or earlier.serialising):
+""",
+        """
+            if earlier.start <= start < earlier.end and (serialising or earlier.serialising):
+""",
+        "ranges overlap whichever begins first",
+    ),
+]

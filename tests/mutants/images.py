@@ -1,0 +1,526 @@
+"""Mistakes in what stores data: the file node and the qcow2 node."""
+
+from tests.mutants.mutant import Mutant
+
+_FILE = "block/nodes/file.py"
+_NODE = "block/nodes/qcow2/node.py"
+_COMMIT = "block/nodes/qcow2/commit.py"
+_ALLOCATOR = "block/nodes/qcow2/allocator.py"
+
+MUTANTS = [
+    Mutant(
+        "sync-covers-what-came-meanwhile",
+        _FILE,
+        """
+            self._synced = covered
+""",
+        """
+            self._synced = self._changes
+""",
+        "a flush covers what had returned when it began",
+    ),
+    Mutant(
+        "joins-the-sync-that-runs",
+        _FILE,
+        """
+        while self._synced < wanted or self._poison is not None:
+""",
+        """
+        if self._synced < wanted or self._poison is not None:
+""",
+        "a flush that comes while one runs shares the next one",
+    ),
+    Mutant(
+        "failed-sync-forgotten",
+        _FILE,
+        """
+            self._poison = error
+            self.give_up(Problem(told(self._poisoned(error))))
+""",
+        """
+            error.add_note("once")
+""",
+        "the first failed flush is final",
+    ),
+    Mutant(
+        "discard-leaves-nothing-to-flush",
+        _FILE,
+        """
+        finally:
+            self._changed(offset + length)
+            self._pooled.leave(claim)
+""",
+        """
+        finally:
+            self._pooled.leave(claim)
+""",
+        "writing zeroes is a change, which the next flush makes durable",
+    ),
+    Mutant(
+        "reads-inline-over-a-thread",
+        _FILE,
+        """
+        if not len(pooled) or not pooled.overlaps(offset, length):
+            data = self.storage.try_pread(offset, length)
+            if data is not None:
+                return data
+""",
+        """
+        data = self.storage.try_pread(offset, length)
+        if data is not None:
+            return data
+""",
+        "nothing is read inline on a range at which a thread is at work",
+    ),
+    Mutant(
+        "writes-inline-over-a-thread",
+        _FILE,
+        """
+        if (not len(pooled) or not pooled.overlaps(offset, length)) and self._try_pwrite(offset, data):
+""",
+        """
+        if self._try_pwrite(offset, data):
+""",
+        "nothing is written inline on a range at which a thread is at work",
+    ),
+    Mutant(
+        "writes-in-threads-share",
+        _FILE,
+        """
+        claim = pooled.enter(offset, length, serialising=True)
+""",
+        """
+        claim = pooled.enter(offset, length)
+""",
+        "what changes a file in a thread has its range alone",
+    ),
+    Mutant(
+        "reads-in-threads-do-not-wait",
+        _FILE,
+        """
+            if claim.blockers:
+                await claim.granted()
+            return await self.storage.pread(offset, length)
+""",
+        """
+            return await self.storage.pread(offset, length)
+""",
+        "a read does not tear",
+    ),
+    Mutant(
+        "tables-before-data",
+        _COMMIT,
+        """
+        await self._write(batch.counts)
+        await file.flush()
+        if batch.table_entries""",
+        """
+        await self._write(batch.counts)
+        if batch.table_entries""",
+        "data and refcounts are durable before the tables that name them",
+    ),
+    Mutant(
+        "counts-after-tables",
+        _COMMIT,
+        """
+            await self._store_counts(batch)
+            await self._store_maps(batch)
+""",
+        """
+            await self._store_maps(batch)
+            await self._store_counts(batch)
+""",
+        "refcounts are durable before the tables that need them",
+    ),
+    Mutant(
+        "l1-with-l2",
+        _COMMIT,
+        """
+        if batch.l1_entries:
+            await file.flush()
+            await self._write(batch.l1_entries)
+""",
+        """
+        if batch.l1_entries:
+            await self._write(batch.l1_entries)
+""",
+        "an L2 table is durable before the L1 entry that names it",
+    ),
+    Mutant(
+        "l1-before-l2",
+        _COMMIT,
+        """
+        await self._write(batch.maps)
+        if batch.l1_entries:
+            await file.flush()
+            await self._write(batch.l1_entries)
+        await file.flush()
+""",
+        """
+        await self._write(batch.l1_entries)
+        await file.flush()
+        await self._write(batch.maps)
+        await file.flush()
+""",
+        "an L2 table is durable before the L1 entry that names it",
+    ),
+    Mutant(
+        "tables-not-flushed",
+        _COMMIT,
+        """
+            await self._write(batch.l1_entries)
+        await file.flush()
+""",
+        """
+            await self._write(batch.l1_entries)
+""",
+        "what a commit wrote is durable when it ends",
+    ),
+    Mutant(
+        "tables-copied-late",
+        _COMMIT,
+        """
+        await self._write(batch.maps)
+        if batch.l1_entries:
+""",
+        """
+        await self._write([(s.offset, encode_table(s.data)) for s in batch.pinned if isinstance(s.data, array)])
+        if batch.l1_entries:
+""",
+        "the parts of a commit belong to one instant",
+    ),
+    Mutant(
+        "joins-the-commit-that-runs",
+        _COMMIT,
+        """
+        wanted = self._begun + 1
+""",
+        """
+        wanted = self._begun + (not self._running)
+""",
+        "a flush returns after a commit that began after its call",
+    ),
+    Mutant(
+        "two-commits-at-once",
+        _COMMIT,
+        """
+            if not self._running:
+                # In""",
+        """
+            if not self._running or self.dirty:
+                # In""",
+        "one commit runs at a time",
+    ),
+    Mutant(
+        "failed-commit-forgotten",
+        _COMMIT,
+        """
+        except FleecerError as error:
+            self._image.poison(error)
+        except BaseException""",
+        """
+        except FleecerError:
+            pass
+        except BaseException""",
+        "the first failure of a commit is final",
+    ),
+    Mutant(
+        "freed-clusters-used-before-the-commit",
+        _COMMIT,
+        """
+        batch = self._take()
+        try:
+            await self._store_counts(batch)
+""",
+        """
+        batch = self._take()
+        await self._allocator.release(batch.freed)
+        batch.freed.clear()
+        try:
+            await self._store_counts(batch)
+""",
+        "a cluster is used again only when nothing durable names it",
+    ),
+    Mutant(
+        "freed-at-once",
+        _ALLOCATOR,
+        """
+        first = offset >> self._bits
+        freed = self.freed
+""",
+        """
+        first = offset >> self._bits
+        if (slice_ := self._cached(first)) is not None and count == 1:
+            self._width.put(slice_.data, first % self._per_slice, 0)
+            self.cache.mark_dirty(slice_)
+            self._cursor = min(self._cursor, first)
+            return
+        freed = self.freed
+""",
+        "a cluster is used again only when nothing durable names it",
+    ),
+    Mutant(
+        "claimed-below-the-lookup",
+        _NODE,
+        '''
+        """See `Node.pread`. Raises CorruptImage where the tables do not make sense for the range."""
+''',
+        """
+        plans = await self._plan(offset, length)
+        claim = self._in_flight.enter(offset, length)
+        try:
+            if claim.blockers:
+                await claim.granted()
+            parts = []
+            for plan in plans:
+                parts.append(bytes(await self._carry_out(plan, offset)))
+                offset += plan.length
+            return b"".join(parts)
+        finally:
+            self._in_flight.leave(claim)
+""",
+        "a request claims its range before it looks anything up",
+    ),
+    Mutant(
+        "reads-do-not-wait-for-their-claim",
+        _NODE,
+        """
+            if claim.blockers:
+                await claim.granted()
+            # The common case first""",
+        """
+            # The common case first""",
+        "a read waits for who changes the mapping of its clusters",
+    ),
+    Mutant(
+        "claims-by-bytes",
+        _NODE,
+        """
+        claim = in_flight.enter(offset - inner, claimed, serialising=True)
+""",
+        """
+        claim = in_flight.enter(offset, len(data), serialising=True)
+""",
+        "claims are rounded to clusters, since a new cluster is filled as a whole",
+    ),
+    Mutant(
+        "allocating-writes-share",
+        _NODE,
+        """
+        claim = in_flight.enter(offset - inner, claimed, serialising=True)
+""",
+        """
+        claim = in_flight.enter(offset - inner, claimed)
+""",
+        "an allocation holds its range until it is linked",
+    ),
+    Mutant(
+        "no-claims-in-qcow2",
+        _NODE,
+        """
+        self._in_flight = InFlight(serialise=serialise)
+""",
+        """
+        self._in_flight = InFlight(serialise=False)
+""",
+        "a serialising copy and every overlapping request wait for each other",
+    ),
+    Mutant(
+        "discard-claims-nothing",
+        _NODE,
+        """
+        claim = self._in_flight.enter(first, align_up(last, self._cluster_size) - first, serialising=True)
+        try:
+            if claim.blockers:
+                await claim.granted()
+""",
+        """
+        claim = self._in_flight.enter(first, align_up(last, self._cluster_size) - first, serialising=True)
+        try:
+""",
+        "discard waits for requests in its clusters",
+    ),
+    Mutant(
+        "zero-claims-nothing",
+        _NODE,
+        """
+        claim = self._in_flight.enter(start, stop - start, serialising=True)
+        try:
+            if claim.blockers:
+                await claim.granted()
+""",
+        """
+        claim = self._in_flight.enter(start, stop - start, serialising=True)
+        try:
+""",
+        "writing zeroes waits for requests in its clusters",
+    ),
+    Mutant(
+        "linked-before-written",
+        _NODE,
+        """
+        length = min(len(view), ((cluster + run.clusters) << bits) - offset)
+        try:
+            await self._fill(run, entries, first, offset, view[:length])
+""",
+        """
+        length = min(len(view), ((cluster + run.clusters) << bits) - offset)
+        before = array("Q", entries)
+        for at in range(run.clusters):
+            entries[first + at] = run.offset + (at << bits) | COPIED
+        self._l2.mark_dirty(slice_)
+        try:
+            await self._fill(run, before, first, offset, view[:length])
+""",
+        "an entry names a cluster only after its data has been written",
+    ),
+    Mutant(
+        "filled-from-new-data",
+        _NODE,
+        """
+        # What cannot be written in place, up to where it can again. Bad entries are found before anything is written.
+""",
+        """
+        if not entries[first] & (COPIED | COMPRESSED | ZERO_FLAG):
+            blank = await self._allocator.allocate(1)
+            await self._file.pwrite(blank.offset, zeroes(self._cluster_size))
+            entries[first] = blank.offset | COPIED | ZERO_FLAG
+""",
+        "the rest of a new cluster is filled with what the old one, or the backing file, held",
+    ),
+    Mutant(
+        "reused-cluster-taken-for-blank",
+        _NODE,
+        """
+            if blank and run.fresh and self._file.node.limits.reads_zero_when_new:
+""",
+        """
+            if blank and self._file.node.limits.reads_zero_when_new:
+""",
+        "a cluster that was used before is filled as a whole",
+    ),
+    Mutant(
+        "failed-write-keeps-its-entry",
+        _NODE,
+        """
+            await self._fill(run, entries, first, offset, view[:length])
+        except BaseException:
+            if not set_aside:
+                self._allocator.free(run.offset, run.clusters)
+            raise
+""",
+        """
+            await self._fill(run, entries, first, offset, view[:length])
+        except BaseException:
+            self._allocator.free(run.offset, run.clusters)
+            entries[first] = run.offset | COPIED
+            self._l2.mark_dirty(slice_)
+            raise
+""",
+        "what a failed write had allocated is given back, and its entries stand as they were",
+    ),
+    Mutant(
+        "failed-write-frees-what-was-set-aside",
+        _NODE,
+        """
+            if not set_aside:
+                self._allocator.free(run.offset, run.clusters)
+            raise
+""",
+        """
+            self._allocator.free(run.offset, run.clusters)
+            raise
+""",
+        "a cluster that an entry still names is not free",
+    ),
+    Mutant(
+        "written-under-the-zero-flag",
+        _NODE,
+        """
+                    if 0 < host < self._file_end and not (host | table) & self._odd_bits:
+""",
+        """
+                    host &= ~ZERO_FLAG
+                    if 0 < host < self._file_end and not (host | table) & self._odd_bits:
+""",
+        "what reads as zeroes is not written in place",
+    ),
+    Mutant(
+        "zeroed-cluster-used-in-part",
+        _NODE,
+        """
+            run, old = Run(host, 1, fresh=False), [None]
+""",
+        """
+            run, old = Run(host, 1, fresh=True), [None]
+""",
+        "a cluster that was set aside is filled as a whole",
+    ),
+    Mutant(
+        "kept-cluster-freed",
+        _NODE,
+        """
+                    if gone is not None and emptied <= ZERO_FLAG:
+""",
+        """
+                    if gone is not None:
+""",
+        "a cluster that an entry still names is not free",
+    ),
+    Mutant(
+        "discard-exposes-the-backing-file",
+        _NODE,
+        """
+        if not self._backed and (unmap or not entry):
+            return 0
+""",
+        """
+        if unmap or not entry:
+            return 0
+""",
+        "what was discarded does not read as the backing file",
+    ),
+    Mutant(
+        "old-cluster-not-given-back",
+        _NODE,
+        """
+                    if gone is not None and emptied <= ZERO_FLAG:
+                        self._allocator.free(gone.first << bits, gone.clusters)
+""",
+        """
+                    if gone is not None and emptied == ZERO_FLAG + 1:
+                        self._allocator.free(gone.first << bits, gone.clusters)
+""",
+        "no cluster leaks while nothing fails",
+    ),
+    Mutant(
+        "two-make-one-table",
+        _NODE,
+        """
+                await self._flights.run(index, lambda: self._make_table(index))
+                continue
+""",
+        """
+                await self._make_table(index)
+                continue
+""",
+        "concurrent writers make an L2 table once",
+    ),
+    Mutant(
+        "table-linked-before-written",
+        _NODE,
+        """
+        run = await self._allocator.allocate(1)
+        try:
+            await self._file.pwrite(run.offset, content)
+""",
+        """
+        run = await self._allocator.allocate(1)
+        self._l1[index] = run.offset | COPIED
+        image.l1_dirty.add(index)
+        try:
+            await self._file.pwrite(run.offset, content)
+""",
+        "an L1 entry names a table only after it has been written",
+    ),
+]

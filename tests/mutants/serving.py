@@ -1,0 +1,152 @@
+"""Mistakes above and around the graph: jobs, exports and connections, the NBD node, eager steps."""
+
+from tests.mutants.mutant import Mutant
+
+_BACKUP = "jobs/backup.py"
+_CONNECTION = "export/connection.py"
+_EXPORT = "export/export.py"
+_NBD = "block/nodes/nbd.py"
+_EAGER = "eager.py"
+
+MUTANTS = [
+    Mutant(
+        "target-readable-after-its-job",
+        _BACKUP,
+        """
+            self.fleece.copier.break_snapshot(snapshot, f"fleecing job {quoted(self.job_id)} has ended")
+""",
+        """
+            self.fleece.check_reads_by(None)
+""",
+        "a target whose job has ended answers errors: it would show the present",
+    ),
+    Mutant(
+        "backup-done-before-flushed",
+        _BACKUP,
+        """
+        await self._while_wanted(snapshot.scratch.flush())
+""",
+        "",
+        "a full backup is durable when it is done",
+    ),
+    Mutant(
+        "backup-leaves-the-rest-out",
+        _BACKUP,
+        """
+            await copier.copy(start, length)
+            if not""",
+        """
+            if not copier.must_preserve(start, length):
+                await copier.copy(start, length)
+            if not""",
+        "a full backup holds the whole disk of its instant",
+    ),
+    Mutant(
+        "flush-of-one-connection-only",
+        _CONNECTION,
+        """
+            else:
+                await export.execute(request)
+                codec.reply_done(request)
+""",
+        """
+            else:
+                self.__dict__.setdefault("wrote", 0)
+                self.wrote += request.command != 3
+                if self.wrote or request.command != 3:
+                    await export.execute(request)
+                codec.reply_done(request)
+""",
+        "a flush covers the writes of every connection",
+    ),
+    Mutant(
+        "answered-before-written",
+        _CONNECTION,
+        """
+                await export.execute(request)
+                codec.reply_done(request)
+""",
+        """
+                codec.reply_done(request)
+                await export.execute(request)
+""",
+        "a write is answered when it has ended",
+    ),
+    Mutant(
+        "answers-lost-when-late",
+        _CONNECTION,
+        """
+        if not self._send_due:  # all that end in this turn of the loop leave in one send
+            self._send_due = True
+            asyncio.get_running_loop().call_soon(self._send_and_go_on)
+""",
+        """
+        self._settle()
+""",
+        "every request gets a reply",
+    ),
+    Mutant(
+        "fua-ignored",
+        _EXPORT,
+        """
+        fua = flags & CMD_FLAG_FUA != 0
+""",
+        """
+        fua = False
+""",
+        "a request with FUA is durable when it is answered",
+        # Our own client has no FUA, it flushes instead; so the simulation never sends it.
+        tests=("tests/unit/export/test_connection.py::test_fua_is_answered_only_after_a_flush",),
+    ),
+    Mutant(
+        "flush-not-sent",
+        _NBD,
+        """
+                await self._client.flush()
+            except IoError as error:
+""",
+        """
+                self._client.can_flush
+            except IoError as error:
+""",
+        "a flush of an NBD node is one of its server",
+    ),
+    Mutant(
+        "task-not-told-that-it-waits",
+        _EAGER,
+        """
+        _mark(self._awaited, being_awaited=True)
+        return self._awaited
+""",
+        """
+        return self._awaited
+""",
+        "a coroutine that was stepped at once goes on when what it waits for is there",
+    ),
+    Mutant(
+        "first-wait-skipped",
+        _EAGER,
+        """
+        _mark(self._awaited, being_awaited=True)
+        return self._awaited
+""",
+        """
+        return None
+""",
+        "a coroutine that was stepped at once goes on when what it waits for is there",
+    ),
+    Mutant(
+        "cancel-before-the-first-step-lost",
+        _EAGER,
+        """
+        self._is_begun = True
+        return self._coroutine.throw(kind) if value is None else self._coroutine.throw(kind, value, trace)
+""",
+        """
+        if not self._is_begun:
+            return self.send(None)
+        return self._coroutine.throw(kind) if value is None else self._coroutine.throw(kind, value, trace)
+""",
+        "a task that is cancelled before its first step tells what waits inside",
+    ),
+]
