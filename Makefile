@@ -9,7 +9,7 @@ export PATH := $(PATH):/usr/sbin:/sbin
 MINUTES ?= 5
 SECONDS ?= 120
 
-.PHONY: help demo test check unit test-guest sim soak bench bench-quick clean
+.PHONY: help demo test check unit test-guest sim mutants soak bench bench-quick clean
 
 help:
 	@echo "make demo        serve a throw-away disk, snapshot it under load, back it up, prove the backup"
@@ -18,6 +18,7 @@ help:
 	@echo "make unit        the tests that need no foreign program"
 	@echo "make test-guest  boot a virtual machine from Fleecer (software emulation; ACCEL=kvm where that works)"
 	@echo "make sim         search for schedules that break what Fleecer promises (SECONDS=120)"
+	@echo "make mutants     make deliberate mistakes and see each found: an hour"
 	@echo "make soak        a real daemon under everything at once, judged to the byte (MINUTES=5 SEED=...)"
 	@echo "make bench       Fleecer and its peers side by side: hours; make bench-quick: minutes"
 	@echo "make clean       remove what these targets made"
@@ -58,6 +59,9 @@ $(VENV)/.guest: $(VENV)/.dev
 
 sim: $(VENV)/.dev
 	$(BIN)/python -m fleecer.testing.sim --seconds $(SECONDS)
+
+mutants: $(VENV)/.dev
+	$(BIN)/python -m tests.mutants
 
 soak: $(VENV)/.dev
 	scripts/install-peers

@@ -43,7 +43,7 @@ MUTANTS = [
         "the first failed flush is final",
     ),
     Mutant(
-        "discard-leaves-nothing-to-flush",
+        "zeroes-leave-nothing-to-flush",
         _FILE,
         """
         finally:
@@ -60,27 +60,20 @@ MUTANTS = [
         "reads-inline-over-a-thread",
         _FILE,
         """
-        if not len(pooled) or not pooled.overlaps(offset, length):
-            data = self.storage.try_pread(offset, length)
-            if data is not None:
-                return data
+        if len(pooled) and pooled.overlaps(offset, length):
+            return None
 """,
-        """
-        data = self.storage.try_pread(offset, length)
-        if data is not None:
-            return data
-""",
+        "\n",
         "nothing is read inline on a range at which a thread is at work",
     ),
     Mutant(
         "writes-inline-over-a-thread",
         _FILE,
         """
-        if (not len(pooled) or not pooled.overlaps(offset, length)) and self._try_pwrite(offset, data):
+        if len(pooled) and pooled.overlaps(offset, length):
+            return False
 """,
-        """
-        if self._try_pwrite(offset, data):
-""",
+        "\n",
         "nothing is written inline on a range at which a thread is at work",
     ),
     Mutant(
@@ -131,38 +124,6 @@ MUTANTS = [
             await self._store_counts(batch)
 """,
         "refcounts are durable before the tables that need them",
-    ),
-    Mutant(
-        "l1-with-l2",
-        _COMMIT,
-        """
-        if batch.l1_entries:
-            await file.flush()
-            await self._write(batch.l1_entries)
-""",
-        """
-        if batch.l1_entries:
-            await self._write(batch.l1_entries)
-""",
-        "an L2 table is durable before the L1 entry that names it",
-    ),
-    Mutant(
-        "l1-before-l2",
-        _COMMIT,
-        """
-        await self._write(batch.maps)
-        if batch.l1_entries:
-            await file.flush()
-            await self._write(batch.l1_entries)
-        await file.flush()
-""",
-        """
-        await self._write(batch.l1_entries)
-        await file.flush()
-        await self._write(batch.maps)
-        await file.flush()
-""",
-        "an L2 table is durable before the L1 entry that names it",
     ),
     Mutant(
         "tables-not-flushed",
@@ -287,16 +248,46 @@ MUTANTS = [
         """
             if claim.blockers:
                 await claim.granted()
-            # The common case first""",
+            return await self._read(offset, length)
+""",
         """
-            # The common case first""",
+            return await self._read(offset, length)
+""",
         "a read waits for who changes the mapping of its clusters",
+    ),
+    Mutant(
+        "reads-at-once-beside-an-allocation",
+        _NODE,
+        """
+            or self._in_flight.would_wait(cluster << bits, self._cluster_size)
+        ):
+            return None
+""",
+        """
+        ):
+            return None
+""",
+        "a read that would have to wait for its claim is not done at once",
+    ),
+    Mutant(
+        "writes-at-once-beside-an-allocation",
+        _NODE,
+        """
+            or self._in_flight.would_wait(cluster << bits, self._cluster_size)
+        ):
+            return False
+""",
+        """
+        ):
+            return False
+""",
+        "a write that would have to wait for its claim is not done at once",
     ),
     Mutant(
         "claims-by-bytes",
         _NODE,
         """
-        claim = in_flight.enter(offset - inner, claimed, serialising=True)
+        claim = in_flight.enter(start, stop - start, serialising=True)
 """,
         """
         claim = in_flight.enter(offset, len(data), serialising=True)
@@ -307,10 +298,10 @@ MUTANTS = [
         "allocating-writes-share",
         _NODE,
         """
-        claim = in_flight.enter(offset - inner, claimed, serialising=True)
+        claim = in_flight.enter(start, stop - start, serialising=True)
 """,
         """
-        claim = in_flight.enter(offset - inner, claimed)
+        claim = in_flight.enter(start, stop - start)
 """,
         "an allocation holds its range until it is linked",
     ),
@@ -437,11 +428,10 @@ MUTANTS = [
         "written-under-the-zero-flag",
         _NODE,
         """
-                    if 0 < host < self._file_end and not (host | table) & self._odd_bits:
+        host = slice_.data[cluster & self._slice_mask] - COPIED
 """,
         """
-                    host &= ~ZERO_FLAG
-                    if 0 < host < self._file_end and not (host | table) & self._odd_bits:
+        host = slice_.data[cluster & self._slice_mask] - COPIED & ~ZERO_FLAG
 """,
         "what reads as zeroes is not written in place",
     ),

@@ -123,30 +123,4 @@ MUTANTS = [
 """,
         "a coroutine that was stepped at once goes on when what it waits for is there",
     ),
-    Mutant(
-        "first-wait-skipped",
-        _EAGER,
-        """
-        _mark(self._awaited, being_awaited=True)
-        return self._awaited
-""",
-        """
-        return None
-""",
-        "a coroutine that was stepped at once goes on when what it waits for is there",
-    ),
-    Mutant(
-        "cancel-before-the-first-step-lost",
-        _EAGER,
-        """
-        self._is_begun = True
-        return self._coroutine.throw(kind) if value is None else self._coroutine.throw(kind, value, trace)
-""",
-        """
-        if not self._is_begun:
-            return self.send(None)
-        return self._coroutine.throw(kind) if value is None else self._coroutine.throw(kind, value, trace)
-""",
-        "a task that is cancelled before its first step tells what waits inside",
-    ),
 ]

@@ -7,7 +7,8 @@ Invariants:
 - `busy` counts the requests that have passed the gate and not yet returned; drained means gate closed and busy == 0.
 - The node is looked up after the gate, so a node swapped in under drain sees every request that follows, and the node
   swapped out none.
-- A request that fits is handed on without a task, a lock or an allocation of its own.
+- A request that fits is handed on without a task, a lock or an allocation of its own; one that need not wait, without
+  a coroutine either.
 - A padded write reads, changes and writes whole units under a serialising claim of the node's `padding`; on such a node
   every read and write takes a claim there, so neither sees or loses a half of it.
 """
@@ -87,10 +88,48 @@ class Edge:
         """The node's size in bytes."""
         return self._node.size
 
+    # What needs no wait is over before anything else can happen: no gate closes under it, and nobody has to count it.
+
+    def try_pread(self, offset: int, length: int) -> Buffer | None:
+        """As `pread`, if that can be done at once; None, with nothing done, if not, or if it is to be refused."""
+        node = self._node
+        if (
+            self._gate is not None
+            or not self._plain
+            or offset < 0
+            or length <= 0
+            or offset + length > node.size
+            or length > node.limits.transfer_max_bytes
+        ):
+            return None
+        data = node.try_pread(offset, length)
+        if data is not None and node.check is not None:
+            node.check()
+        return data
+
+    def try_pwrite(self, offset: int, data: Buffer) -> bool:
+        """As `pwrite`, if that can be done at once; False, with nothing done, if not, or if it is to be refused."""
+        node = self._node
+        length = len(data)
+        if (
+            self._gate is not None
+            or not self._plain
+            or not self.writable
+            or offset < 0
+            or length <= 0
+            or (offset + length > node.size and not self.may_grow)
+            or length > node.limits.transfer_max_bytes
+        ):
+            return False
+        return node.try_pwrite(offset, data)
+
     # The six operations. Each passes the gate, checks, counts, and hands on.
 
     async def pread(self, offset: int, length: int) -> Buffer:
         """`length` bytes at `offset`; see `Node.pread`. Raises IoError (EINVAL) outside the node."""
+        at_once = self.try_pread(offset, length)
+        if at_once is not None:
+            return at_once
         if self._gate is not None:
             await self._pass_gate()
         node = self._node
@@ -115,6 +154,10 @@ class Edge:
 
         Raises IoError: EPERM without write permission, ENOSPC outside the node.
         """
+        if not serialising and self.try_pwrite(offset, data):
+            if fua:
+                await self.flush()
+            return
         if self._gate is not None:
             await self._pass_gate()
         node = self._node

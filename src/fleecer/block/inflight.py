@@ -81,6 +81,13 @@ class InFlight:
         end = offset + length
         return any(claim.start < end and offset < claim.end for claim in self._claims)
 
+    def would_wait(self, offset: int, length: int) -> bool:
+        """Whether a claim of the range, not serialising, would wait: for what is over at once, and enters none."""
+        if not self._serialising_count or not self._serialise:
+            return False
+        end = offset + length
+        return any(claim.serialising and claim.start < end and offset < claim.end for claim in self._claims)
+
     def until_clear(self, offset: int, length: int) -> asyncio.Future[bool] | None:
         """A future that becomes True when every claim that overlaps the range now has left; None if there is none.
 

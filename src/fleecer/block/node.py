@@ -83,6 +83,14 @@ class Node(abc.ABC):
 
     __slots__ = ("check", "children", "limits", "name", "on_problem", "padding", "problem", "read_only", "size")
 
+    def __init_subclass__(cls) -> None:
+        """Who overrides `pread` or `pwrite` alone gets every request there, not what is done at once past them."""
+        super().__init_subclass__()
+        if "pread" in cls.__dict__ and "try_pread" not in cls.__dict__:
+            cls.try_pread = Node.try_pread  # type: ignore[method-assign]
+        if "pwrite" in cls.__dict__ and "try_pwrite" not in cls.__dict__:
+            cls.try_pwrite = Node.try_pwrite  # type: ignore[method-assign]
+
     def __init__(self, name: str, size: int, *, limits: Limits, read_only: bool = False) -> None:
         self.name = name
         self.size = size
@@ -97,6 +105,19 @@ class Node(abc.ABC):
         self.on_problem: Callable[[Node], None] | None = None
         # Claims for read-modify-write, shared by all edges to this node (edge.py); only where padding is needed.
         self.padding = InFlight() if limits.request_alignment_bytes > 1 else None
+
+    # What needs no wait is done without a coroutine: that is most requests, and half of what one costs.
+
+    def try_pread(self, offset: int, length: int) -> Buffer | None:
+        """As `pread`, if that can be done at once; None, with nothing done, if it would have to wait."""
+        return None
+
+    def try_pwrite(self, offset: int, data: Buffer) -> bool:
+        """As `pwrite`, not serialising, if that can be done at once; False, with nothing done, if it had to wait.
+
+        A failure is raised as by `pwrite`.
+        """
+        return False
 
     @abc.abstractmethod
     async def pread(self, offset: int, length: int) -> Buffer:

@@ -21,10 +21,10 @@ from fleecer import eager
 from fleecer.errors import FleecerError, IoError, LocalProtocolError, told
 from fleecer.export.export import Export
 from fleecer.net.stream import Stream
-from fleecer.ranges import is_zero
+from fleecer.ranges import Buffer, is_zero
 from fleecer.units import MiB
 from fleecer.wire.nbd import Request, ServerCodec
-from fleecer.wire.nbd.constants import CMD_BLOCK_STATUS, CMD_READ, EXTENT
+from fleecer.wire.nbd.constants import CMD_BLOCK_STATUS, CMD_READ, CMD_WRITE, EXTENT
 
 if TYPE_CHECKING:
     from fleecer.export.server import Server
@@ -111,6 +111,8 @@ class Connection:
 
     def _start(self, request: Request) -> None:
         try:
+            if self._answer_at_once(request):
+                return
             task = eager.start(self._answer(request))
         except Exception as error:  # noqa: BLE001 - only a bug comes this far, and the other requests go on
             self._report(error)
@@ -161,6 +163,27 @@ class Connection:
             self._send()
             self.stream.close()
 
+    def _answer_at_once(self, request: Request) -> bool:
+        """Answers a read or write that needs no wait, without a coroutine; False, with nothing done, for any other."""
+        export = self.export
+        if request.error or self._refusing or export is None:
+            return False
+        try:
+            if request.command == CMD_READ:
+                data = export.try_read(request.offset, request.length)
+                if data is None:
+                    return False
+                self._reply_read(request, data)
+            elif request.command == CMD_WRITE and not request.flags:
+                if not export.try_write(request.offset, request.data):
+                    return False
+                self._codec.reply_done(request)
+            else:
+                return False
+        except Exception as error:  # noqa: BLE001 - as in `_answer`
+            self._failed(request, error)
+        return True
+
     async def _answer(self, request: Request) -> None:
         codec = self._codec
         try:
@@ -173,11 +196,7 @@ class Connection:
             if request.command == CMD_READ:
                 data = await export.execute(request) if request.length else b""
                 assert data is not None
-                if codec.may_send_hole(request) and len(data) == request.length and is_zero(data):
-                    codec.reply_read_hole(request)  # zeroes cost more to send than to find out
-                else:
-                    codec.reply_read(request, data)
-                    self._ready_bytes += request.length
+                self._reply_read(request, data)
             elif request.command == CMD_BLOCK_STATUS:
                 answers = [(context, await export.status(request, context)) for context in codec.contexts]
                 codec.reply_status(request, answers)
@@ -185,16 +204,28 @@ class Connection:
             else:
                 await export.execute(request)
                 codec.reply_done(request)
-        except Exception as error:
-            if isinstance(error, FleecerError) and not isinstance(error, LocalProtocolError):
-                self._refuse(request, error.errno, told(error))  # first: whatever a listener does, there is a reply
-                if self.export is not None and self.export.on_failure is not None:
-                    self.export.on_failure(self.export, request.command in (CMD_READ, CMD_BLOCK_STATUS), error)
-                return
-            _log.exception("a request failed in a way it must not")
-            self._refuse(request, errno.EIO, "internal error")
-            if self._server.raise_internal_errors:
-                raise
+        except Exception as error:  # noqa: BLE001 - whatever it is, the client is answered
+            self._failed(request, error)
+
+    def _reply_read(self, request: Request, data: Buffer) -> None:
+        codec = self._codec
+        if codec.may_send_hole(request) and len(data) == request.length and is_zero(data):
+            codec.reply_read_hole(request)  # zeroes cost more to send than to find out
+        else:
+            codec.reply_read(request, data)
+            self._ready_bytes += request.length
+
+    def _failed(self, request: Request, error: Exception) -> None:
+        """Answers a request that failed. A bug is answered, logged, and raised where a test wants it."""
+        if isinstance(error, FleecerError) and not isinstance(error, LocalProtocolError):
+            self._refuse(request, error.errno, told(error))  # first: whatever a listener does, there is a reply
+            if self.export is not None and self.export.on_failure is not None:
+                self.export.on_failure(self.export, request.command in (CMD_READ, CMD_BLOCK_STATUS), error)
+            return
+        _log.error("a request failed in a way it must not", exc_info=error)
+        self._refuse(request, errno.EIO, "internal error")
+        if self._server.raise_internal_errors:
+            raise error
 
     def _refuse(self, request: Request, code: int, text: str) -> None:
         if not request.answered:

@@ -101,6 +101,22 @@ class Export:
             contexts=tuple(self.contexts),
         )
 
+    def try_read(self, offset: int, length: int) -> Buffer | None:
+        """What a read asks for, if it can be had at once; see `Edge.try_pread`."""
+        data = self.edge.try_pread(offset, length)
+        if data is not None:
+            self.reads += 1
+            self.bytes_read += length
+        return data
+
+    def try_write(self, offset: int, data: Buffer) -> bool:
+        """Does what a write asks for, without FUA, if that can be done at once; see `Edge.try_pwrite`."""
+        done = self.edge.try_pwrite(offset, data)
+        if done:
+            self.writes += 1
+            self.bytes_written += len(data)
+        return done
+
     async def execute(self, request: Request) -> Buffer | None:
         """Does what a read, write, flush, trim, cache or write-zeroes request asks; returns what was read.
 

@@ -12,6 +12,7 @@ import pytest
 
 from fleecer.app import images
 from fleecer.block.graph import Graph
+from fleecer.block.node import Node
 from fleecer.block.nodes.file import FileNode
 from fleecer.block.nodes.qcow2 import create_qcow2
 from fleecer.errors import CorruptImage, IoError, PermissionConflict, UnsupportedFormat, UsageError
@@ -138,6 +139,7 @@ async def test_bytes_that_do_not_read_back_fail_the_restore_and_leave_nothing(
         await real_pwrite(node, offset, changed, serialising)
 
     monkeypatch.setattr(FileNode, "pwrite", flipping)
+    monkeypatch.setattr(FileNode, "try_pwrite", Node.try_pwrite)
     with pytest.raises(CorruptImage, match="reads back otherwise than it was written; do not use this image"):
         await images.restore(backup, str(tmp_path / f"new.{kind}"))
     assert os.listdir(tmp_path) == ["backup.raw"]
@@ -157,6 +159,7 @@ async def test_a_write_that_fails_leaves_nothing_and_an_existing_target_as_it_wa
         await real_pwrite(node, offset, data, serialising)
 
     monkeypatch.setattr(FileNode, "pwrite", filling)
+    monkeypatch.setattr(FileNode, "try_pwrite", Node.try_pwrite)
     with pytest.raises(IoError, match="No space left on device"):
         await images.restore(backup, str(target), force=True)
     assert target.read_bytes() == b"old" * 512

@@ -31,6 +31,14 @@ class CopyBeforeWriteNode(FilterNode):
         """Makes `children` name the disk and every scratch held: after each change of the copier's snapshots."""
         self.children = (self.child, *(snapshot.scratch for snapshot in self.copier.snapshots))
 
+    def try_pread(self, offset: int, length: int) -> Buffer | None:
+        """See `Node.try_pread`."""
+        return self.child.try_pread(offset, length)
+
+    def try_pwrite(self, offset: int, data: Buffer) -> bool:
+        """See `Node.try_pwrite`: what must be preserved first has to wait."""
+        return not self.copier.must_preserve(offset, len(data)) and self.child.try_pwrite(offset, data)
+
     async def pwrite(self, offset: int, data: Buffer, serialising: bool = False) -> None:
         """Preserves the range for the snapshots, then writes. Raises before anything changed if preserving may fail."""
         if self.copier.must_preserve(offset, len(data)):

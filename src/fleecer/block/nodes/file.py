@@ -63,13 +63,33 @@ class FileNode(Node):
         self._syncing: asyncio.Task[None] | None = None
         self._poison: IoError | None = None
 
+    def try_pread(self, offset: int, length: int) -> Buffer | None:
+        """See `Node.try_pread`."""
+        pooled = self._pooled
+        if len(pooled) and pooled.overlaps(offset, length):
+            return None
+        return self.storage.try_pread(offset, length)
+
+    def try_pwrite(self, offset: int, data: Buffer) -> bool:
+        """See `Node.try_pwrite`."""
+        pooled = self._pooled
+        length = len(data)
+        if len(pooled) and pooled.overlaps(offset, length):
+            return False
+        try:
+            done = self.storage.try_pwrite(offset, data)
+        except IoError:
+            self._changed(0)
+            raise
+        if done:
+            self._changes += 1
+            if offset + length > self.size:
+                self._changed(offset + length)
+        return done
+
     async def pread(self, offset: int, length: int) -> Buffer:
         """See `Node.pread`. Past the end of the file, up to the alignment, there are zeroes."""
         pooled = self._pooled
-        if not len(pooled) or not pooled.overlaps(offset, length):
-            data = self.storage.try_pread(offset, length)
-            if data is not None:
-                return data
         claim = pooled.enter(offset, length)
         try:
             if claim.blockers:
@@ -80,10 +100,10 @@ class FileNode(Node):
 
     async def pwrite(self, offset: int, data: Buffer, serialising: bool = False) -> None:
         """See `Node.pwrite`. Overlapping requests wait for each other where it matters, `serialising` or not."""
+        if serialising and self.try_pwrite(offset, data):
+            return
         pooled = self._pooled
         length = len(data)
-        if (not len(pooled) or not pooled.overlaps(offset, length)) and self._try_pwrite(offset, data):
-            return
         claim = pooled.enter(offset, length, serialising=True)
         try:
             if claim.blockers:
@@ -135,16 +155,6 @@ class FileNode(Node):
     async def close(self) -> None:
         """See `Node.close`."""
         await self.storage.close()
-
-    def _try_pwrite(self, offset: int, data: Buffer) -> bool:
-        try:
-            done = self.storage.try_pwrite(offset, data)
-        except IoError:
-            self._changed(0)
-            raise
-        if done:
-            self._changed(offset + len(data))
-        return done
 
     def _changed(self, end: int) -> None:
         """Notes a change that has ended, failed or not: a failed one may have changed a part."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from fleecer.block.nodes.filter import FilterNode
+from fleecer.ranges import Buffer
 
 
 class RawNode(FilterNode):
@@ -11,3 +12,11 @@ class RawNode(FilterNode):
     driver = "raw"
 
     __slots__ = ()
+
+    def try_pread(self, offset: int, length: int) -> Buffer | None:
+        """See `Node.try_pread`."""
+        return self.child.try_pread(offset, length)
+
+    def try_pwrite(self, offset: int, data: Buffer) -> bool:
+        """See `Node.try_pwrite`."""
+        return self.child.try_pwrite(offset, data)

@@ -46,6 +46,15 @@ class SnapshotAccessNode(Node):
         # A discard and what reads its range wait for each other, lest a scratch is found emptied.
         self._in_flight = InFlight() if may_discard else None
 
+    def try_pread(self, offset: int, length: int) -> Buffer | None:
+        """See `Node.try_pread`. What is over at once needs no frozen range."""
+        if self._in_flight is not None:
+            return None
+        holder, run = self._locate(offset, length)
+        if run != length:
+            return None
+        return (self._copier.source if holder is None else holder.scratch).try_pread(offset, length)
+
     async def pread(self, offset: int, length: int) -> Buffer:
         """The bytes as they were. Raises SnapshotBroken, or IoError (EACCES) where the reader discarded the range."""
         if self._in_flight is None:

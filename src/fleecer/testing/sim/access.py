@@ -326,6 +326,7 @@ def _model_claims(undo: list[Callable[[], None]]) -> None:
     _wrap(undo, InFlight, "leave", leaving)
     _wrap(undo, InFlight, "overlaps", looking)
     _wrap(undo, InFlight, "until_clear", looking)
+    _wrap(undo, InFlight, "would_wait", looking)
     _wrap(undo, InFlight, "__len__", counting)
 
 

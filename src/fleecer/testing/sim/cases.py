@@ -100,7 +100,7 @@ def draw_case(seed: int) -> Case:
 
 
 def _draw_guest(draw: random.Random, clusters: int) -> str:
-    (kind,) = draw.choices(GUESTS, (6, 2, 2, 2, 1, 1, 1, 1))
+    (kind,) = draw.choices(GUESTS, (6, 2, 2, 5, 1, 1, 1, 1))
     return kind if kind == "flush" else f"{kind} {_draw_range(draw, clusters)}"
 
 

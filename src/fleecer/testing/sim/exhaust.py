@@ -46,6 +46,12 @@ def cases(size: int, disk_format: Format, held: Sequence[Scheme]) -> Iterator[Ca
         yield Case(disk_format, 2, tuple(held), actors, prompt=True, filled=8)
 
 
+def longer_cases() -> Iterator[Case]:
+    """What no pair of operations shows: two in a new cluster kept waiting by a third; a cluster that was set aside."""
+    yield Case("overlay", 2, (), (("write 0 3",), ("write 4 7",), ("zero 0 8",)), prompt=True, filled=0)
+    yield Case("qcow2", 2, (), (("blank 0 8", "write 0 4"), ("discard 0 8",)), prompt=True, filled=8)
+
+
 @dataclasses.dataclass(slots=True)
 class Found:
     """What the search of one case came to."""

@@ -61,7 +61,10 @@ def programs() -> Iterator[Case]:
 
     Snapshots give way in one half of them, guests in the other.
     """
-    guests = (("write 0 8", "zero 4 16", "flush", "write 2 6"), ("discard 8 16", "write 9 12", "flush", "read 0 16"))
+    guests = (
+        ("write 0 8", "zero 4 16", "flush", "write 2 6"),
+        ("blank 8 16", "write 9 12", "flush", "discard 8 16", "read 0 16"),
+    )
     readers = (("sstatus 0 8 16", "sread 0 0 16", "sstatus 0 0 16", "sread 0 4 12"),)
     for seed in range(SEEDS):
         gives_way: OnError = "break-guest-write" if seed % 2 else "break-snapshot"
@@ -77,6 +80,7 @@ def programs() -> Iterator[Case]:
                     (scheme,),
                     (*guests, *readers, operator),
                     seed=seed,
+                    filled=0 if disk_format == "overlay" else -1,  # so that the base is read
                     copy_timeout_s=_LONG_TIMEOUT_S if seed % 2 else COPY_TIMEOUT_S,
                     on_error=gives_way,
                 )

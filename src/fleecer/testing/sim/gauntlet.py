@@ -7,20 +7,21 @@ writes by power cuts, one in what happens after a failure by faults. So all are 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
-from fleecer.testing.sim.cases import BATCH, run_batch
-from fleecer.testing.sim.exhaust import cases, exhaust_case, worlds
+from fleecer.testing.sim.cases import BATCH, Case, run_batch
+from fleecer.testing.sim.exhaust import cases, exhaust_case, longer_cases, worlds
 from fleecer.testing.sim.faultpoints import programs, run_fault_points
-from fleecer.testing.sim.powercut import judge_workload, workloads
+from fleecer.testing.sim.powercut import Workload, duets, judge_workload, workloads
 from fleecer.testing.sim.together import run_together
 
 _PAIRS_OF_DISKS = 20
 _BATCHES = 16
-_CUTS_EVERY = 29
+_DUETS_EVERY = 7
+_CUTS = 6
 _FAULT_PROGRAMS = 20
 _FAULTS_EVERY = 5
-_EXHAUST_EVERY = 5
+_PAIRS_EVERY = 5
 
 
 def gauntlet() -> str:
@@ -28,12 +29,14 @@ def gauntlet() -> str:
     searches: list[Callable[[], Iterator[str]]] = [
         _cut_together,
         lambda: _wander(0, 3),
-        lambda: _cut(1, 1),
+        lambda: _cut(workloads(1)),
         _fail,
+        lambda: _exhaust(longer_cases()),
+        lambda: _cut(workload for workload in workloads(3) if workload.setting == "raw"),
         lambda: _wander(3, _BATCHES),
-        lambda: _exhaust(2, ("raw", "bare"), 1),
-        lambda: _cut(3, _CUTS_EVERY),
-        lambda: _exhaust(2, ("blocks", "qcow2", "overlay"), _EXHAUST_EVERY),
+        lambda: _cut(itertools.islice(duets(), 0, None, _DUETS_EVERY)),
+        lambda: _exhaust(_pairs(("raw", "bare"), 1)),
+        lambda: _exhaust(_pairs(("blocks", "qcow2", "overlay"), _PAIRS_EVERY)),
     ]
     failures = itertools.chain.from_iterable(search() for search in searches)
     try:
@@ -50,17 +53,21 @@ def _cut_together() -> Iterator[str]:
             yield f"two disks, seed {seed}: {type(error).__name__}: {error}"
 
 
-def _exhaust(size: int, formats: tuple[str, ...], every: int) -> Iterator[str]:
+def _pairs(formats: tuple[str, ...], every: int) -> Iterator[Case]:
     for disk_format, held in worlds():
         if disk_format in formats:
-            for case in itertools.islice(cases(size, disk_format, held), 0, None, every):
-                error = exhaust_case(case, small=False).error
-                yield error and f"interleavings of {case.actors} on {disk_format}, {held[0]}: {error}"
+            yield from itertools.islice(cases(2, disk_format, held), 0, None, every)
 
 
-def _cut(size: int, every: int) -> Iterator[str]:
-    for workload in itertools.islice(workloads(size), 0, None, every):
-        error = judge_workload(workload).error
+def _exhaust(chosen: Iterable[Case]) -> Iterator[str]:
+    for case in chosen:
+        error = exhaust_case(case, small=False).error
+        yield error and f"interleavings of {case.actors} on {case.format}, {', '.join(case.held)}: {error}"
+
+
+def _cut(chosen: Iterable[Workload]) -> Iterator[str]:
+    for workload in chosen:
+        error = judge_workload(workload, exhaustive_up_to=3, samples=_CUTS).error
         yield error and f"power cut in {workload}: {error}"
 
 

@@ -1,9 +1,15 @@
 """Power cuts: everything a qcow2 image may hold after one, at every moment of a small workload, opened and judged.
 
-A workload is up to three operations of a guest, in turn or at once, on an image that is fresh, has a backing file, or
-has a snapshot active; or on a raw one over NBD, where flushes come by a connection of their own. The simulated disk
-logs what was submitted, took effect and became durable; each moment of that log is a moment for a cut, and each cut
-leaves any subset of what was in doubt (disk.py).
+A workload is up to three operations of a guest, in turn or at once, or two guests who flush what they did, on
+
+    fresh      an image in which nothing was ever written
+    used       one whose clusters are all there
+    backing    one with a backing file
+    snapshot   one with a snapshot active
+    raw        a raw disk over NBD, where flushes come by a connection of their own
+
+The simulated disk logs what was submitted, took effect and became durable; each moment of that log is a moment for a
+cut, and each cut leaves any subset of what was in doubt (disk.py).
 
 A raw medium is good if it reads as the oracle allows, a qcow2 one if
 - its refcounts are nowhere too low, and nothing is referenced twice (leaked clusters are allowed);
@@ -20,7 +26,7 @@ import hashlib
 import itertools
 import random
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import Literal, get_args
 
 from fleecer.block.edge import Edge
 from fleecer.block.nodes.file import FileNode
@@ -31,10 +37,11 @@ from fleecer.testing.sim.loop import simulate
 from fleecer.testing.sim.oracle import SECTOR_BYTES, Violation, stamp
 from fleecer.testing.sim.world import OF_BASE, Format, Medium, World, make_world
 
-Setting = Literal["fresh", "backing", "snapshot", "raw"]
+Setting = Literal["fresh", "used", "backing", "snapshot", "raw"]
 OPERATIONS = ("write 0 8", "write 4 12", "zero 0 16", "discard 0 8", "flush", "fua 4 12")
-SETTINGS: tuple[Setting, ...] = ("fresh", "backing", "snapshot", "raw")
-_FORMATS: dict[Setting, Format] = {"fresh": "qcow2", "backing": "overlay", "snapshot": "qcow2", "raw": "raw"}
+_CHANGES = ("write 0 8", "write 4 12", "zero 0 16", "discard 0 8", "write 8 16")
+SETTINGS: tuple[Setting, ...] = get_args(Setting)
+_FORMATS: dict[Setting, Format] = {"backing": "overlay", "raw": "raw"}  # else qcow2
 EXHAUSTIVE_SECTORS_MAX = 8
 SAMPLES = 16
 _NEW = 1 << 41  # number of what is written after the cut
@@ -42,7 +49,7 @@ _NEW = 1 << 41  # number of what is written after the cut
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Workload:
-    """What a guest does until the power goes."""
+    """What a guest does until the power goes. An operation may be several, one after the other: "write 0 8, flush"."""
 
     setting: Setting
     operations: tuple[str, ...]
@@ -70,17 +77,29 @@ def workloads(size: int) -> Iterator[Workload]:
                 yield Workload(setting, operations, at_once=True)
 
 
+def duets() -> Iterator[Workload]:
+    """Every workload of two guests at once, of whom one does something and flushes, the other two things."""
+    for setting in SETTINGS:
+        for one, *two in itertools.product(_CHANGES, repeat=3):
+            yield Workload(setting, (f"{one}, flush", f"{two[0]}, {two[1]}, flush"), at_once=True)
+
+
 def judge_workload(
-    workload: Workload, *, samples: int = SAMPLES, look: Callable[[bytearray], None] | None = None
+    workload: Workload,
+    *,
+    exhaustive_up_to: int = EXHAUSTIVE_SECTORS_MAX,
+    samples: int = SAMPLES,
+    look: Callable[[bytearray], None] | None = None,
 ) -> Judged:
     """Runs the workload and judges every medium that a cut may leave; stops at the first bad one.
 
+    Where more than `exhaustive_up_to` sectors are in doubt only some media are tried; see `SimDisk.crash_states`.
     `look` is shown every medium, good or not, before it is judged.
     """
     judged = Judged(workload)
     world = simulate(_run(workload))
     try:
-        simulate(_judge_all(world, judged, samples, look))
+        simulate(_judge_all(world, judged, exhaustive_up_to, samples, look))
     except (Violation, FleecerError) as error:
         judged.error = f"{type(error).__name__}: {error}"
     return judged
@@ -89,7 +108,7 @@ def judge_workload(
 async def _run(workload: Workload) -> World:
     world = await make_world(
         random.Random(workload.seed),
-        format=_FORMATS[workload.setting],
+        format=_FORMATS.get(workload.setting, "qcow2"),
         medium=Medium(record=True),
         over_nbd=workload.setting == "raw",
     )
@@ -98,6 +117,9 @@ async def _run(workload: Workload) -> World:
         await world.write(0, 8)
         await world.flush()
         await world.take()
+    elif workload.setting == "used":
+        await world.write(0, 16)
+        await world.flush()
     steps = [_step(world, operation) for operation in workload.operations]
     if workload.at_once:
         await asyncio.gather(*steps)
@@ -107,19 +129,22 @@ async def _run(workload: Workload) -> World:
     return world
 
 
-async def _step(world: World, operation: str) -> None:
-    kind, *words = operation.split()
-    await getattr(world, kind)(*map(int, words))
+async def _step(world: World, operations: str) -> None:
+    for operation in operations.split(", "):
+        kind, *words = operation.split()
+        await getattr(world, kind)(*map(int, words))
 
 
-async def _judge_all(world: World, judged: Judged, samples: int, look: Callable[[bytearray], None] | None) -> None:
+async def _judge_all(
+    world: World, judged: Judged, exhaustive_up_to: int, samples: int, look: Callable[[bytearray], None] | None
+) -> None:
     generator = random.Random(judged.workload.seed)
     seen: set[tuple[bytes, int]] = set()
     for moment in range(world.image.position + 1):
         judged.moments += 1
         flushed = world.history.flushes_before(moment)
         for medium in world.image.crash_states(
-            generator, at=moment, exhaustive_up_to=EXHAUSTIVE_SECTORS_MAX, samples=samples
+            generator, at=moment, exhaustive_up_to=exhaustive_up_to, samples=samples
         ):
             key = hashlib.blake2b(medium, digest_size=16).digest(), flushed
             if key in seen:

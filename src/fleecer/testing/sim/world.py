@@ -458,14 +458,21 @@ class BareNode(Node):
         self._poison: FleecerError | None = None
         self._storage = storage
 
+    def try_pread(self, offset: int, length: int) -> Buffer | None:
+        """See `Node.try_pread`."""
+        return self._storage.try_pread(offset, length)
+
+    def try_pwrite(self, offset: int, data: Buffer) -> bool:
+        """See `Node.try_pwrite`."""
+        return self._storage.try_pwrite(offset, data)
+
     async def pread(self, offset: int, length: int) -> Buffer:
         """See `Node.pread`."""
-        return self._storage.try_pread(offset, length) or await self._storage.pread(offset, length)
+        return await self._storage.pread(offset, length)
 
     async def pwrite(self, offset: int, data: Buffer, serialising: bool = False) -> None:
         """See `Node.pwrite`."""
-        if not self._storage.try_pwrite(offset, data):
-            await self._storage.pwrite(offset, data)
+        await self._storage.pwrite(offset, data)
 
     async def zero(self, offset: int, length: int, unmap: bool = True, serialising: bool = False) -> None:
         """See `Node.zero`."""

@@ -111,15 +111,13 @@ async def test_requests_on_other_ranges_run_inline_beside_one_that_waits() -> No
     storage.reads_inline = False
     read = asyncio.create_task(node.pread(0, 4096))
     await turns(2)
-    assert eager.start(node.pwrite(4096, b"n")) is None
+    assert node.try_pwrite(4096, b"n")
     storage.reads_inline = True
-    assert eager.start(_read_only(node, 4096, 4096)) is None
+    assert node.try_pread(4096, 4096) is not None
+    assert node.try_pread(0, 4096) is None, "that range is claimed by a thread"
+    assert not node.try_pwrite(4095, b"nn"), "and so is a part of this one"
     assert not read.done()
     await read
-
-
-async def _read_only(node: FileNode, offset: int, length: int) -> None:
-    await node.pread(offset, length)
 
 
 @pytest.mark.parametrize("seed", range(8))

@@ -138,58 +138,80 @@ class Qcow2Node(Node):
 
     # The six operations.
 
+    def try_pread(self, offset: int, length: int) -> Buffer | None:
+        """See `Node.try_pread`: within one ordinary cluster whose slice is in memory, and which nobody changes."""
+        bits = self._cluster_bits
+        cluster = offset >> bits
+        table = self._l1[cluster >> self._l2_bits] & _OTHER_BITS
+        slice_ = self._slices.get(table + (cluster << 3 & self._slice_start_mask))
+        if slice_ is None:
+            return None
+        slice_.used = True
+        inner = offset & self._offset_in_cluster
+        host = slice_.data[cluster & self._slice_mask] & _OTHER_BITS
+        if (
+            not host
+            or (host | table) & self._odd_bits
+            or inner + length > self._cluster_size
+            or (host + inner + length > self._file_end and not self._is_in_file(host + inner + length))
+            or self._in_flight.would_wait(cluster << bits, self._cluster_size)
+        ):
+            return None
+        return self._file.try_pread(host + inner, length)
+
+    def try_pwrite(self, offset: int, data: Buffer) -> bool:
+        """See `Node.try_pwrite`: in one cluster that is ours alone, whose slice is in memory, which nobody changes."""
+        image, bits = self._image, self._cluster_bits
+        cluster = offset >> bits
+        table = self._l1[cluster >> self._l2_bits] & _OTHER_BITS
+        slice_ = self._slices.get(table + (cluster << 3 & self._slice_start_mask))
+        inner = offset & self._offset_in_cluster
+        if slice_ is None or not image.accepts_writes or inner + len(data) > self._cluster_size:
+            return False
+        slice_.used = True
+        host = slice_.data[cluster & self._slice_mask] - COPIED
+        if (
+            host <= 0
+            or (host >= self._file_end and not self._is_in_file(host + 1))
+            or (host | table) & self._odd_bits
+            or host in image.metadata
+            or self._in_flight.would_wait(cluster << bits, self._cluster_size)
+        ):
+            return False
+        return self._file.try_pwrite(host + inner, data)
+
+    def _is_in_file(self, end: int) -> bool:
+        """Whether the file, which may have grown, reaches up to `end`."""
+        self._file_end = self._file.size
+        return end <= self._file_end
+
     async def pread(self, offset: int, length: int) -> Buffer:
         """See `Node.pread`. Raises CorruptImage where the tables do not make sense for the range."""
-        inner = offset & self._offset_in_cluster
-        in_flight = self._in_flight
-        claim = in_flight.enter(offset - inner, (inner + length + self._offset_in_cluster) & self._cluster_mask)
+        start, stop, _ = self._claim_bounds(offset, length)
+        claim = self._in_flight.enter(start, stop - start)
         try:
             if claim.blockers:
                 await claim.granted()
-            # The common case first: one ordinary cluster whose slice is in memory. `_read` does it all.
-            cluster = offset >> self._cluster_bits
-            table = self._l1[cluster >> self._l2_bits] & _OTHER_BITS
-            slice_ = self._slices.get(table + (cluster << 3 & self._slice_start_mask))
-            if slice_ is not None:
-                slice_.used = True
-                host = slice_.data[cluster & self._slice_mask] & _OTHER_BITS
-                if host and not (host | table) & self._odd_bits and inner + length <= self._cluster_size:
-                    host += inner
-                    if host + length <= self._file_end:
-                        return await self._file.pread(host, length)
             return await self._read(offset, length)
         finally:
-            in_flight.leave(claim)
+            self._in_flight.leave(claim)
 
     async def pwrite(self, offset: int, data: Buffer, serialising: bool = False) -> None:
         """See `Node.pwrite`."""
-        image = self._image
-        if not image.accepts_writes:
+        if not self._image.accepts_writes:
             await self._prepare()
-        inner = offset & self._offset_in_cluster
-        claimed = (inner + len(data) + self._offset_in_cluster) & self._cluster_mask
+        start, stop, _ = self._claim_bounds(offset, len(data))
         in_flight = self._in_flight
         if not serialising:
-            claim = in_flight.enter(offset - inner, claimed)
+            claim = in_flight.enter(start, stop - start)
             try:
                 if claim.blockers:
                     await claim.granted()
-                cluster = offset >> self._cluster_bits
-                table = self._l1[cluster >> self._l2_bits] & _OTHER_BITS
-                slice_ = self._slices.get(table + (cluster << 3 & self._slice_start_mask))
-                if slice_ is not None and claimed == self._cluster_size:
-                    slice_.used = True
-                    host = slice_.data[cluster & self._slice_mask] - COPIED
-                    if 0 < host < self._file_end and not (host | table) & self._odd_bits:
-                        if host in image.metadata:
-                            await image.check_overlap(host, 1)
-                        await self._file.pwrite(host + inner, data)
-                        return
                 if await self._write_in_place(offset, data):
                     return
             finally:
                 in_flight.leave(claim)
-        claim = in_flight.enter(offset - inner, claimed, serialising=True)
+        claim = in_flight.enter(start, stop - start, serialising=True)
         try:
             if claim.blockers:
                 await claim.granted()

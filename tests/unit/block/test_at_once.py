@@ -1,0 +1,81 @@
+"""What is done at once is done only where nothing is to be waited for, and past nobody who wants to see it."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from tests.fleecing_world import CLUSTER, World
+from tests.qcow2_world import guest, new_image, open_image
+
+from fleecer.block.edge import Edge
+from fleecer.block.nodes.raw import RawNode
+from fleecer.ranges import Buffer
+from fleecer.testing.memory import MemoryNode
+from fleecer.units import KiB, MiB
+
+
+async def test_nothing_is_done_at_once_behind_a_closed_gate() -> None:
+    edge = Edge(MemoryNode("disk", 4096), "guest", "disk", writable=True)
+    assert edge.try_pwrite(0, b"x")
+    assert edge.try_pread(0, 1) == b"x"
+    edge.close_gate()
+    assert edge.try_pread(0, 1) is None
+    assert not edge.try_pwrite(0, b"y")
+    edge.open_gate()
+    assert edge.try_pread(0, 1) == b"x"
+
+
+@pytest.mark.parametrize(("offset", "length"), [(-1, 1), (0, 0), (4095, 2)])
+async def test_what_is_to_be_refused_is_not_done_at_once(offset: int, length: int) -> None:
+    edge = Edge(MemoryNode("disk", 4096), "guest", "disk", writable=True)
+    assert edge.try_pread(offset, length) is None
+    assert not edge.try_pwrite(offset, bytes(length))
+    assert not Edge(edge.node, "reader", "disk").try_pwrite(0, b"x"), "it may only read"
+
+
+async def test_who_overrides_an_operation_sees_every_request() -> None:
+    seen: list[str] = []
+
+    class Spy(RawNode):
+        async def pread(self, offset: int, length: int) -> Buffer:
+            seen.append("read")
+            return await super().pread(offset, length)
+
+    edge = Edge(
+        Spy("spy", Edge(MemoryNode("disk", 4096), "spy", "file", writable=True)), "guest", "disk", writable=True
+    )
+    assert edge.try_pread(0, 1) is None
+    assert await edge.pread(0, 1) == b"\0"
+    assert seen == ["read"]
+    assert edge.try_pwrite(0, b"x"), "what it leaves alone goes past it"
+
+
+async def test_a_change_that_must_be_preserved_first_is_not_done_at_once() -> None:
+    world = World()
+    assert world.top.try_pwrite(0, b"x")
+    taken = await world.take()
+    assert not world.top.try_pwrite(0, b"y")
+    await world.top.pwrite(0, b"y")
+    assert world.top.try_pwrite(1, b"z"), "preserved"
+    assert not world.top.try_pwrite(CLUSTER, b"z")
+    await world.check_whole(taken)
+
+
+async def test_no_cluster_is_read_or_written_at_once_while_somebody_has_it_alone() -> None:
+    node = await open_image(await new_image(MiB))
+    edge = guest(node)
+    await edge.pwrite(0, b"x" * 64 * KiB)
+    assert edge.try_pread(0, 1) == b"x"
+    assert edge.try_pwrite(0, b"y")
+    claim = node._in_flight.enter(0, 64 * KiB, serialising=True)
+    assert edge.try_pread(0, 1) is None
+    assert not edge.try_pwrite(0, b"z")
+    reading = asyncio.ensure_future(edge.pread(0, 1))
+    await asyncio.sleep(0)
+    assert not reading.done()
+    node._in_flight.leave(claim)
+    assert await reading == b"y"
+    shared = node._in_flight.enter(0, 64 * KiB)
+    assert edge.try_pread(0, 1) == b"y", "a claim that is shared holds nobody up"
+    node._in_flight.leave(shared)
