@@ -28,7 +28,7 @@ def test_whatever_fails_guests_and_snapshots_get_what_is_promised(case: Case) ->
 @pytest.mark.parametrize("case", FIRST, ids=name)
 def test_every_disk_and_every_way_to_fail_is_among_the_faults(case: Case) -> None:
     points = list(fault_points(case))
-    scratch = "scratch-s1" if case.held == ("access",) else "target-b1"
+    scratch = f"scratch-s{len(case.held)}" if case.held[0] == "access" else "target-b1"
     own = {"qcow2": {"image"}, "overlay": {"image", "base"}}.get(case.format, {"disk"})
     assert {point.disk for point in points} >= own | {scratch, "actor 0", "actor 1", "actor 2"}
     assert {point.way for point in points} == {"EIO", "ENOSPC", "short", "stall", "cancel"}

@@ -31,6 +31,7 @@ import asyncio
 import contextlib
 import heapq
 import random
+import warnings
 from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar
@@ -324,11 +325,15 @@ def simulate(
 
 def _close(loop: SimLoop) -> None:
     """Ends the loop. What is unfinished is closed while the loop still takes what its `finally` clauses give it."""
-    unfinished: list[Any] = list(asyncio.all_tasks(loop))
-    for task in unfinished:
-        task._log_destroy_pending = False  # they are dropped on purpose
-        with contextlib.suppress(RuntimeError):  # one that awaits while it is closed
-            task.get_coro().close()
-    loop._ready.clear()
-    loop._scheduled.clear()
-    loop.close()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # what a task never began to await
+        unfinished: list[Any] = list(asyncio.all_tasks(loop))
+        while unfinished:
+            task = unfinished.pop()
+            task._log_destroy_pending = False  # they are dropped on purpose
+            with contextlib.suppress(RuntimeError):  # one that awaits while it is closed
+                task.get_coro().close()
+            del task
+        loop._ready.clear()
+        loop._scheduled.clear()
+        loop.close()
