@@ -331,9 +331,15 @@ def _close(loop: SimLoop) -> None:
         while unfinished:
             task = unfinished.pop()
             task._log_destroy_pending = False  # they are dropped on purpose
+            coroutine = task.get_coro()
+            frame = getattr(coroutine, "cr_frame", None)
+            given = list(frame.f_locals.values()) if frame is not None else []
             with contextlib.suppress(RuntimeError):  # one that awaits while it is closed
-                task.get_coro().close()
-            del task
+                coroutine.close()
+            for value in filter(asyncio.iscoroutine, given):
+                with contextlib.suppress(RuntimeError, ValueError):
+                    value.close()
+            del task, coroutine, frame, given
         loop._ready.clear()
         loop._scheduled.clear()
         loop.close()
