@@ -280,11 +280,16 @@ class SimDisk:
     async def _change(self, operation: str, offset: int, data: bytes) -> None:
         fault = self._begin(operation, offset, len(data))
         write = self._submit(offset, data)
+        end = offset + len(data)
+        if end > max(self._size_max, len(self.data)) or (end > len(self.data) and not self.limits.growable):
+            fault = "ENOSPC"
         try:
-            await self._pass(operation, fault)
-            end = offset + len(data)
-            if end > max(self._size_max, len(self.data)) or (end > len(self.data) and not self.limits.growable):
-                fault = "ENOSPC"
+            try:
+                await self._pass(operation, fault)
+            except asyncio.CancelledError:
+                if fault not in ("EIO", "ENOSPC"):  # nobody will wait for the rest, but it is done
+                    self._put(offset, data)
+                raise
             cut = self._tear(offset, len(data), fault)
             self._put(offset, data[: cut - offset])
             if fault in ("EIO", "ENOSPC"):
