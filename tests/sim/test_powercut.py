@@ -33,7 +33,7 @@ def test_a_power_cut_in_one_operation_leaves_what_was_flushed_and_a_sound_image(
             judged = judge_workload(workload)
             assert not judged.error, f"{workload}: {judged.error}"
             media += judged.states
-    assert media > 100, "hardly any medium was judged"
+    assert media > 60, "hardly any medium was judged"
 
 
 @pytest.mark.parametrize("part", range(PARTS))

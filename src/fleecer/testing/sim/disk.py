@@ -90,7 +90,7 @@ class Faults:
 
 @dataclasses.dataclass(slots=True)
 class _Write:
-    """A write in the log: submitted before log position `begun`, completed before `ended` (None: not yet)."""
+    """A write in the log: submitted right after log position `begun`, completed before `ended` (None: not yet)."""
 
     begun: int
     offset: int
@@ -407,23 +407,22 @@ class SimDisk:
         """What the medium may hold after a power cut at log position `at` (default: now). Needs `record`.
 
         All subsets of the sectors in doubt, if they are at most `exhaustive_up_to`; else none, all, each alone, each
-        missing as far as `samples` allow, and random ones.
+        missing as far as `samples` allow, and random ones: of sectors, and of whole writes.
         """
         assert self._base is not None, "the disk was not made with record=True"
         moment = self._position if at is None else at
         pieces: list[tuple[int, bytes, bool]] = []  # offset, data, durable; in the order of submission
+        sectors: list[int] = []  # of each write in doubt, how many
         for write in self._log:
-            if write.begun > moment:
+            if write.begun >= moment:
                 break
             if write.durable_at is not None and write.durable_at <= moment:
                 pieces.append((write.offset, write.data, True))
                 continue
-            pieces += [
-                (write.offset + start, write.data[start : start + SECTOR_BYTES], False)
-                for start in range(0, len(write.data), SECTOR_BYTES)
-            ]
-        doubtful = sum(not durable for _, _, durable in pieces)
-        for chosen in _subsets(doubtful, generator, exhaustive_up_to, samples):
+            starts = range(0, len(write.data), SECTOR_BYTES)
+            sectors.append(len(starts))
+            pieces += [(write.offset + start, write.data[start : start + SECTOR_BYTES], False) for start in starts]
+        for chosen in _subsets(sectors, generator, exhaustive_up_to, samples):
             medium = bytearray(self._base)
             keep = iter(chosen)
             for offset, data, durable in pieces:
@@ -439,7 +438,11 @@ def _apply(medium: bytearray, offset: int, data: bytes) -> None:
     medium[offset:end] = data
 
 
-def _subsets(count: int, generator: random.Random, exhaustive_up_to: int, samples: int) -> Iterator[tuple[bool, ...]]:
+def _subsets(
+    sectors: list[int], generator: random.Random, exhaustive_up_to: int, samples: int
+) -> Iterator[tuple[bool, ...]]:
+    """Which sectors are there, of writes of so many each, one after the other."""
+    count = sum(sectors)
     if count <= exhaustive_up_to:
         yield from itertools.product((False, True), repeat=count)
         return
@@ -448,11 +451,13 @@ def _subsets(count: int, generator: random.Random, exhaustive_up_to: int, sample
     for _ in range(samples):
         kind = generator.random()
         one = generator.randrange(count)
-        if kind < 0.2:
+        if kind < 0.15:
             yield tuple(index == one for index in range(count))
-        elif kind < 0.4:
+        elif kind < 0.3:
             yield tuple(index != one for index in range(count))
-        elif kind < 0.6:
+        elif kind < 0.45:
             yield tuple(index < one for index in range(count))
+        elif kind < 0.75:
+            yield tuple(there for size in sectors for there in [generator.random() < 0.5] * size)
         else:
             yield tuple(generator.random() < 0.5 for _ in range(count))
