@@ -6,6 +6,7 @@ their width are refused, never cut.
 
 from __future__ import annotations
 
+import functools
 import struct
 import sys
 from array import array
@@ -30,8 +31,7 @@ class RefcountWidth:
         self.bits = 1 << order
         self.maximum = (1 << self.bits) - 1
         # For widths below a byte: 1 for each value of a byte in which some count is 0.
-        fields = range(0, 8, self.bits)
-        self._has_free = bytes(any(not value >> at & self.maximum for at in fields) for value in range(256))
+        self._has_free = _bytes_with_a_zero_field(self.bits) if order < 3 else b""
 
     def entries_in(self, length: int) -> int:
         """Counts held by `length` bytes."""
@@ -126,6 +126,13 @@ class RefcountWidth:
         while run < most and not self.get(data, index + run):
             run += 1
         return run
+
+
+@functools.cache
+def _bytes_with_a_zero_field(bits: int) -> bytes:
+    """For each value of a byte: 1 if one of its fields of so many bits is 0."""
+    fields, mask = range(0, 8, bits), (1 << bits) - 1
+    return bytes(any(not value >> at & mask for at in fields) for value in range(256))
 
 
 class References:
