@@ -256,34 +256,6 @@ MUTANTS = [
         "a read waits for who changes the mapping of its clusters",
     ),
     Mutant(
-        "reads-at-once-beside-an-allocation",
-        _NODE,
-        """
-            or self._in_flight.would_wait(cluster << bits, self._cluster_size)
-        ):
-            return None
-""",
-        """
-        ):
-            return None
-""",
-        "a read that would have to wait for its claim is not done at once",
-    ),
-    Mutant(
-        "writes-at-once-beside-an-allocation",
-        _NODE,
-        """
-            or self._in_flight.would_wait(cluster << bits, self._cluster_size)
-        ):
-            return False
-""",
-        """
-        ):
-            return False
-""",
-        "a write that would have to wait for its claim is not done at once",
-    ),
-    Mutant(
         "claims-by-bytes",
         _NODE,
         """

@@ -74,7 +74,7 @@ def _run(mutant: Mutant, tree: pathlib.Path) -> Outcome:
     copy_tree(tree)
     if mutant is not _CONTROL:
         mutant.apply(tree)
-    tests = ["-m", "pytest", "-x", "--no-header", "--tb=line", "-p", "no:xdist", *mutant.tests]
+    tests = ["-m", "pytest", "-x", "-rf", "--no-header", "--tb=line", "-p", "no:xdist", *mutant.tests]
     words = tests if mutant.tests else ["-m", "fleecer.testing.sim", "--gauntlet"]
     output = tree / "output"
     with open(output, "wb") as stream:

@@ -500,7 +500,7 @@ async def test_fua_is_answered_only_after_a_flush(serving: Serving, command: int
     data = b"x" * length if command == nbd.CMD_WRITE else b""
     length = 0 if command == nbd.CMD_FLUSH else length
     stream.send([request(command, 0, length, flags=nbd.CMD_FLAG_FUA, cookie=5, data=data)])
-    await held.reached()
+    await asyncio.wait_for(held.reached(), 10)
     assert not client.data
     held.release()
     assert await client.simple_reply() == (0, 5)

@@ -41,6 +41,7 @@ from fleecer.testing.sim.world import Format, Held, Medium, World, make_world, p
 Scheme = Literal["access", "target"]
 GUESTS = ("write", "zero", "discard", "read", "flush", "fua", "blank", "anew")
 READERS = ("sread", "sstatus")
+_CROWDS = 0.2
 OPERATORS = ("sstart", "sstop", "jstart", "jcancel", "backup")
 
 
@@ -74,10 +75,12 @@ class Case:
 
 
 def draw_case(seed: int) -> Case:
-    """A case of a few actors on one to three clusters: small, so that they meet."""
+    """A case of a few actors on one to three clusters: small, so that they meet. One in five is a crowd of guests."""
     draw = random.Random(seed)
+    (disk_format,) = draw.choices(get_args(Format), (3, 3, 2, 2, 2))
+    if draw.random() < _CROWDS:
+        return draw_crowd(seed, disk_format)
     clusters = draw.choice((1, 2, 2, 3))
-    formats: Sequence[Format] = draw.choices(get_args(Format), (3, 3, 2, 2, 2))
     held = tuple(draw.choice(get_args(Scheme)) for _ in range(draw.choice((0, 1, 1, 2))))
     actors = [
         tuple(_draw_guest(draw, clusters) for _ in range(draw.randint(1, 4))) for _ in range(draw.choice((1, 2, 3)))
@@ -88,7 +91,7 @@ def draw_case(seed: int) -> Case:
     if draw.random() < 0.7:
         actors.append(tuple(_draw_operator(draw) for _ in range(draw.randint(1, 3))))
     return Case(
-        formats[0],
+        disk_format,
         clusters,
         held,
         tuple(actors),
@@ -97,6 +100,14 @@ def draw_case(seed: int) -> Case:
         inline=draw.choice((0.0, 0.3, 0.8)),
         filled=draw.choice((-1, -1, 0, 8)),
     )
+
+
+def draw_crowd(seed: int, disk_format: Format) -> Case:
+    """Many guests on one cluster, where some requests are done at once and others take time."""
+    draw = random.Random(seed)
+    actors = [tuple(_draw_guest(draw, 1) for _ in range(draw.randint(2, 8))) for _ in range(draw.choice((2, 3, 4)))]
+    over_nbd, inline, filled = draw.random() < 0.3, draw.choice((0.3, 0.5, 0.8)), draw.choice((-1, 0))
+    return Case(disk_format, 1, (), tuple(actors), seed, over_nbd, inline=inline, filled=filled)
 
 
 def _draw_guest(draw: random.Random, clusters: int) -> str:
@@ -212,9 +223,14 @@ def _pick(held: list[Held], which: int) -> Held | None:
 
 def run_seed(seed: int, trace: list[str] | None = None, *, loop: SimLoop | None = None) -> None:
     """Plays the case of a seed under the schedule of that seed. Raises Violation and whatever else goes wrong."""
+    run_case(draw_case(seed), trace, loop=loop)
+
+
+def run_case(case: Case, trace: list[str] | None = None, *, loop: SimLoop | None = None) -> None:
+    """Plays a case under the schedule of its seed. Raises as `run_seed`."""
     loop = loop or SimLoop()
-    loop.scheduler = draw_scheduler(seed)
-    simulate(play(draw_case(seed), trace), loop=loop)
+    loop.scheduler = draw_scheduler(case.seed)
+    simulate(play(case, trace), loop=loop)
 
 
 BATCH = 100

@@ -43,17 +43,46 @@ _PATIENCE = 4
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class FaultPoint:
-    """One fault of one run: at request `number` of `disk`; where `disk` is an actor, a cancel at that wait of it."""
+    """One fault of one run: at request `number` of `disk`; where `disk` is an actor, a cancel at that wait of it.
+
+    `then` is what becomes of the disk's next request.
+    """
 
     case: Case
     disk: str
     number: int
     way: str
     for_good: bool = False
+    then: str = ""
+
+    @property
+    def ways(self) -> set[str]:
+        """All that goes wrong."""
+        return {self.way, self.then} - {""}
+
+    @property
+    def at(self) -> dict[int, Kind]:
+        """What becomes of which request."""
+        kinds: dict[int, Kind] = {self.number: self.way}  # type: ignore[dict-item]
+        if self.then:
+            kinds[self.number + 1] = self.then  # type: ignore[assignment]
+        return kinds
 
     def __str__(self) -> str:
-        lasting = " for good" if self.for_good else ""
+        lasting = " for good" if self.for_good else f", then {self.then}" if self.then else ""
         return f"{self.way}{lasting} at {self.number} of {self.disk}, in {self.case.to_json()}"
+
+
+def late_programs() -> Iterator[Case]:
+    """Programs in which the one snapshot's reader is at the disk before guests change it."""
+    guests = (
+        ("read 0 16", "read 0 16", "read 0 16", "write 0 8", "flush"),
+        ("read 0 16", "read 0 16", "read 0 16", "discard 8 16", "write 9 12"),
+    )
+    reader = ("sread 0 0 16", "sstatus 0 0 16", "sread 0 0 16")
+    formats: tuple[Format, ...] = ("bare", "raw", "qcow2")
+    for disk_format, seed in itertools.product(formats, range(2)):
+        yield Case(disk_format, 2, ("access",), (*guests, reader), seed=seed, copy_timeout_s=COPY_TIMEOUT_S)
 
 
 def programs() -> Iterator[Case]:
@@ -61,6 +90,7 @@ def programs() -> Iterator[Case]:
 
     Snapshots give way in one half of them, guests in the other.
     """
+    yield from late_programs()
     guests = (
         ("write 0 8", "zero 4 16", "flush", "write 2 6"),
         ("blank 8 16", "write 9 12", "flush", "discard 8 16", "read 0 16"),
@@ -135,6 +165,8 @@ def fault_points(case: Case) -> Iterator[FaultPoint]:
             for way in _WAYS:
                 for for_good in (False, True) if way != "short" else (False,):
                     yield FaultPoint(case, name, number, way, for_good)
+            if name not in _OWN_DISKS:
+                yield FaultPoint(case, name, number, "stall", then="EIO")
     for actor, operations in enumerate(case.actors):
         if operations[0].split()[0] in OPERATORS:
             continue  # that a cut and its end bear being cancelled is tested where both are whole: daemon/snapshots.py
@@ -154,7 +186,7 @@ def run_fault_point(point: FaultPoint) -> NamedLoop:
     """Runs the case with this fault. Raises Violation, or what else went wrong. Returns the loop, for its figures."""
     loop = NamedLoop(steps_max=20_000)
     cancels = point.way == "cancel"
-    faults = Faults(at={point.number: point.way}, for_good=point.for_good)  # type: ignore[dict-item]
+    faults = Faults(at={} if cancels else point.at, for_good=point.for_good)
     medium = Medium(inline=point.case.inline, faults={} if cancels else {point.disk: faults}, record=True)
 
     async def with_fault(world: World, actors: Actors) -> None:
@@ -181,7 +213,7 @@ def _cancel(tasks: list[asyncio.Task[None]], name: str) -> None:
 def _judge(point: FaultPoint, world: World) -> None:
     own = point.disk in _OWN_DISKS
     gives_way = point.case.on_error == "break-guest-write"
-    may_fail = (point.way in ("EIO", "ENOSPC") and (own or gives_way)) or (point.way == "stall" and gives_way)
+    may_fail = (point.ways & {"EIO", "ENOSPC"} and (own or gives_way)) or ("stall" in point.ways and gives_way)
     if world.guest_failures and not may_fail:
         raise Violation(f"{world.guest_failures} requests of guests failed, though their own disk did not")
     own_may_take_s = STALL_S * 20 if own and not _only_reads_stall(point, world) else 0

@@ -7,30 +7,38 @@ writes by power cuts, one in what happens after a failure by faults. So all are 
 from __future__ import annotations
 
 import itertools
+import signal
 from collections.abc import Callable, Iterable, Iterator
 
-from fleecer.testing.sim.cases import BATCH, Case, run_batch
+from fleecer.testing.sim.cases import BATCH, Case, draw_crowd, run_batch, run_case
 from fleecer.testing.sim.exhaust import cases, exhaust_case, longer_cases, worlds
-from fleecer.testing.sim.faultpoints import programs, run_fault_points
+from fleecer.testing.sim.faultpoints import late_programs, programs, run_fault_points
 from fleecer.testing.sim.powercut import Workload, duets, judge_workload, workloads
 from fleecer.testing.sim.together import run_together
 
 _PAIRS_OF_DISKS = 20
 _BATCHES = 16
+_CROWDS = 400
 _DUETS_EVERY = 7
 _CUTS = 6
-_FAULT_PROGRAMS = 20
+_FAULT_PROGRAMS = 26
 _FAULTS_EVERY = 5
 _PAIRS_EVERY = 5
 
 
+_LONGEST_S = 20.0
+"""Of the processor, for one of the pieces that a search is made of. What takes longer goes round for ever."""
+
+
 def gauntlet() -> str:
-    """Returns what the first failure was, "" if there was none."""
+    """Returns what the first failure was, "" if there was none. To be called in the main thread."""
     searches: list[Callable[[], Iterator[str]]] = [
         _cut_together,
         lambda: _wander(0, 3),
+        _crowd,
         lambda: _cut(workloads(1)),
-        _fail,
+        lambda: _fail(late_programs(), 1),
+        lambda: _fail(itertools.islice(programs(), _FAULT_PROGRAMS), _FAULTS_EVERY),
         lambda: _exhaust(longer_cases()),
         lambda: _cut(workload for workload in workloads(3) if workload.setting == "raw"),
         lambda: _wander(3, _BATCHES),
@@ -38,11 +46,22 @@ def gauntlet() -> str:
         lambda: _exhaust(_pairs(("raw", "bare"), 1)),
         lambda: _exhaust(_pairs(("blocks", "qcow2", "overlay"), _PAIRS_EVERY)),
     ]
-    failures = itertools.chain.from_iterable(search() for search in searches)
+    before = signal.signal(signal.SIGVTALRM, _too_long)
     try:
-        return next(filter(None, failures), "")
+        for failure in itertools.chain.from_iterable(search() for search in searches):
+            if failure:
+                return failure
+            signal.setitimer(signal.ITIMER_VIRTUAL, _LONGEST_S)
     except Exception as error:  # noqa: BLE001 - a search that cannot go on has found something
         return f"a search ended by {type(error).__name__}: {error}"
+    finally:
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
+    return ""
+
+
+def _too_long(_signal: int, _frame: object) -> None:
+    raise TimeoutError(f"something goes round for ever: {_LONGEST_S:g} s")
 
 
 def _cut_together() -> Iterator[str]:
@@ -71,10 +90,18 @@ def _cut(chosen: Iterable[Workload]) -> Iterator[str]:
         yield error and f"power cut in {workload}: {error}"
 
 
-def _fail() -> Iterator[str]:
-    for case in itertools.islice(programs(), _FAULT_PROGRAMS):
-        runs = run_fault_points(case, every=_FAULTS_EVERY, failures_max=1)
+def _fail(cases_: Iterable[Case], every: int) -> Iterator[str]:
+    for case in cases_:
+        runs = run_fault_points(case, every=every, failures_max=1)
         yield f"fault: {runs.failed[0]}" if runs.failed else ""
+
+
+def _crowd() -> Iterator[str]:
+    for seed in range(_CROWDS):
+        try:
+            run_case(draw_crowd(seed, "raw"))
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is what is looked for
+            yield f"crowd, seed {seed}: {type(error).__name__}: {error}"
 
 
 def _wander(first: int, end: int) -> Iterator[str]:
