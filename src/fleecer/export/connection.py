@@ -17,7 +17,7 @@ import errno
 import logging
 from typing import TYPE_CHECKING
 
-from fleecer import eager
+from fleecer import eager, spares
 from fleecer.errors import FleecerError, IoError, LocalProtocolError, told
 from fleecer.export.export import Export
 from fleecer.net.stream import Stream
@@ -34,6 +34,7 @@ IN_FLIGHT_BYTES_MAX = 32 * MiB
 QUEUED_BYTES_MAX = 8 * MiB
 STOP_GRACE_S = 1.0
 """How long a client that is sent away has to read its last replies."""
+_SPARED_MAX = 64  # buffers of replies that are kept in mind until the queue is empty
 _SEND_AT_BYTES = 1 * MiB  # replies gathered before they are sent although more requests are at hand
 
 _log = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class Connection:
         self._in_flight = 0  # started, and not ended at once
         self._in_flight_bytes = 0
         self._ready_bytes = 0  # replies in the codec's `outgoing`
+        self._sending: list[Buffer] = []  # large buffers in replies: spare again once the kernel has taken them all
         self._refusing = False  # we are going: new requests get ESHUTDOWN
         self._finishing = False  # nothing more is read; the stream is closed once all that was asked is answered
         self._gone = False  # the stream has ended
@@ -82,6 +84,7 @@ class Connection:
 
     def sent(self) -> None:
         """The client has read its replies: go on where the queue held us up."""
+        self._spare()
         self._go_on()
 
     def closed(self, error: IoError | None) -> None:
@@ -97,26 +100,24 @@ class Connection:
     def _run(self, requests: list[Request]) -> None:
         """Starts each request; one that need not wait has been answered when its turn ends."""
         for index, request in enumerate(requests):
-            if self._in_flight_bytes > IN_FLIGHT_BYTES_MAX or self._in_flight >= IN_FLIGHT_MAX or self._held_up():
+            if self._ready_bytes > _SEND_AT_BYTES:
+                self._send()
+            if (
+                self._in_flight_bytes > IN_FLIGHT_BYTES_MAX
+                or self._in_flight >= IN_FLIGHT_MAX
+                or self.stream.queued_bytes > QUEUED_BYTES_MAX
+            ):
                 self._waiting.extend(requests[index:])
                 self.stream.pause()
                 break
-            self._start(request)
-
-    def _held_up(self) -> bool:
-        """Whether the client has too many replies to read before it gets more; sends those that are ready."""
-        if self._ready_bytes > _SEND_AT_BYTES:
-            self._send()
-        return self.stream.queued_bytes > QUEUED_BYTES_MAX
+            try:
+                if not self._answer_at_once(request):
+                    self._start(request)
+            except Exception as error:  # noqa: BLE001 - only a bug comes this far, and the other requests go on
+                self._report(error)
 
     def _start(self, request: Request) -> None:
-        try:
-            if self._answer_at_once(request):
-                return
-            task = eager.start(self._answer(request))
-        except Exception as error:  # noqa: BLE001 - only a bug comes this far, and the other requests go on
-            self._report(error)
-            return
+        task = eager.start(self._answer(request))
         if task is not None:
             held_bytes = request.length if request.command == CMD_READ else len(request.data)
             self._in_flight += 1
@@ -177,6 +178,7 @@ class Connection:
             elif request.command == CMD_WRITE and not request.flags:
                 if not export.try_write(request.offset, request.data):
                     return False
+                spares.give(request.data)
                 self._codec.reply_done(request)
             else:
                 return False
@@ -203,17 +205,20 @@ class Connection:
                 self._ready_bytes += sum(EXTENT.size * len(extents) for _, extents in answers)
             else:
                 await export.execute(request)
+                spares.give(request.data)
                 codec.reply_done(request)
         except Exception as error:  # noqa: BLE001 - whatever it is, the client is answered
             self._failed(request, error)
 
     def _reply_read(self, request: Request, data: Buffer) -> None:
         codec = self._codec
-        if codec.may_send_hole(request) and len(data) == request.length and is_zero(data):
+        if codec.structured and is_zero(data) and codec.may_send_hole(request) and len(data) == request.length:
             codec.reply_read_hole(request)  # zeroes cost more to send than to find out
         else:
             codec.reply_read(request, data)
             self._ready_bytes += request.length
+            if request.length >= spares.LENGTH_MIN and len(self._sending) < _SPARED_MAX:
+                self._sending.append(data)
 
     def _failed(self, request: Request, error: Exception) -> None:
         """Answers a request that failed. A bug is answered, logged, and raised where a test wants it."""
@@ -243,6 +248,14 @@ class Connection:
             self._ready_bytes = 0
             self.stream.send(outgoing)
             outgoing.clear()
+            if self._sending and not self.stream.queued_bytes:
+                self._spare()
+
+    def _spare(self) -> None:
+        """Nothing is queued any more, so nobody has the buffers of the replies."""
+        for buffer in self._sending:
+            spares.give(buffer)
+        self._sending.clear()
 
     # The end.
 
@@ -259,7 +272,10 @@ class Connection:
         self._refusing = self._codec.refuse_options = True
         waiting, self._waiting = self._waiting, collections.deque()
         for request in waiting:
-            self._start(request)
+            try:
+                self._start(request)
+            except Exception as error:  # noqa: BLE001 - as in `_run`
+                self._report(error)
         self._send_and_go_on()
         if self._in_flight:
             self._idle = self._idle or asyncio.get_running_loop().create_future()

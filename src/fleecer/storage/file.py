@@ -19,12 +19,14 @@ import errno
 import fcntl
 import io
 import os
+import resource
 import stat
 import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 
+from fleecer import spares
 from fleecer.errors import CannotOpen, IoError, UsageError, quoted
 from fleecer.ranges import Buffer, align_down, align_up
 from fleecer.storage import fallocate
@@ -51,36 +53,51 @@ _FILE_TYPES = {
 }
 
 
+def _times_put_to_sleep() -> int:
+    """How often this thread gave up the processor to wait for something; being robbed of it does not count."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+
+
 class InlineWrites:
     """Whether the next write may run on the event loop.
 
     A buffered write is a copy into the page cache, some microseconds, unless the kernel holds the writer back: too many
     dirty pages, a page that must be read first, a journal that commits. There is no way to ask beforehand, so writes
-    are timed. One that took more than SLOW_S may only have lost the processor to another process; two among
-    RECENT_WRITES, or one of more than STALL_S, send the writes of the next PAUSE_MIN_S to the pool. While trials go on
-    to be slow the pause doubles, up to PAUSE_MAX_S.
+    are timed. One that took more than SLOW_S may only have lost the processor to another process, which on a busy
+    machine happens all the time; so the next RECENT_WRITES are looked at more closely, and if one of them is slow too,
+    and was put to sleep by the kernel, the writes of the next PAUSE_MIN_S go to the pool. While trials go on to be slow
+    the pause doubles, up to PAUSE_MAX_S.
     """
 
     SLOW_S = 0.002
-    STALL_S = 0.05
     RECENT_WRITES = 8
     PAUSE_MIN_S = 1.0
     PAUSE_MAX_S = 16.0
 
-    __slots__ = ("clock", "pause_s", "quick_to_go", "resume_at_s")
+    __slots__ = ("_slept_before", "_times_put_to_sleep", "clock", "pause_s", "quick_to_go", "resume_at_s")
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.perf_counter,
+        times_put_to_sleep: Callable[[], int] = _times_put_to_sleep,
+    ) -> None:
         self.clock = clock
         self.resume_at_s = clock()
         self.pause_s = self.PAUSE_MIN_S
         # Quick writes until the last slow one is forgotten.
         self.quick_to_go = 0
+        self._times_put_to_sleep = times_put_to_sleep
+        self._slept_before = 0
+
+    def look_closely(self) -> None:
+        """To be called before a write where `quick_to_go` is not 0."""
+        self._slept_before = self._times_put_to_sleep()
 
     def ended(self, begun_s: float) -> None:
         """Learns from an inline write that began at `begun_s` and has just ended."""
         now_s = self.clock()
         if now_s - begun_s > self.SLOW_S:
-            if self.quick_to_go or now_s - begun_s > self.STALL_S:
+            if self.quick_to_go and self._times_put_to_sleep() != self._slept_before:
                 self.resume_at_s = now_s + self.pause_s
                 self.pause_s = min(2 * self.pause_s, self.PAUSE_MAX_S)
             self.quick_to_go = self.RECENT_WRITES
@@ -150,7 +167,7 @@ class FileStorage:
         flags = self._inline_read_flags
         if flags is None or length > INLINE_MAX_BYTES:
             return None
-        data = bytearray(length)
+        data = bytearray(length) if length < spares.LENGTH_MIN else spares.take(length)
         try:
             if os.preadv(self._fd, (data,), offset, flags) == length:
                 return data
@@ -168,6 +185,8 @@ class FileStorage:
         length = len(data)
         if begun_s < policy.resume_at_s or length > INLINE_MAX_BYTES:
             return False
+        if policy.quick_to_go:
+            policy.look_closely()
         try:
             count = os.pwrite(self._fd, data, offset)
         except OSError as error:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Sequence
 
+from fleecer import spares
 from fleecer.errors import LocalProtocolError, RemoteProtocolError, quoted
 from fleecer.ranges import Buffer
 from fleecer.wire.nbd.codec import TRANSMISSION_BUFFER_BYTES, WAITING_MAX_BYTES, Script
@@ -207,7 +208,7 @@ class ServerCodec(ServerHandshake):
 
     def _await_payload(self, request: Request, data_start: int) -> None:
         """Lets a large payload, of which a part is here, be received in place."""
-        data = bytearray(request.length)
+        data = spares.take(request.length)
         request.data = data
         self._judge(request)
         self._incomplete = request

@@ -1,0 +1,127 @@
+"""Large buffers are used again only once nobody has them: over real files and sockets, clients that do not read."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import pytest
+from tests.serving_world import Client, turns
+
+from fleecer import spares
+from fleecer.block.edge import Edge
+from fleecer.block.nodes.file import FileNode
+from fleecer.export import Export, Server, connection
+from fleecer.net.stream import SocketStream
+from fleecer.ranges import Buffer
+from fleecer.storage.file import open_file
+from fleecer.units import KiB
+
+BLOCK = 256 * KiB
+BLOCKS = 48
+
+
+def block(number: int) -> bytes:
+    return number.to_bytes(4, "little") * (BLOCK // 4)
+
+
+class World:
+    """A server over a file of numbered blocks."""
+
+    def __init__(self, edge: Edge) -> None:
+        self.edge = edge
+        self.server = Server()
+        self.server.add(Export("disk", "disk", edge))
+        self.clients: list[Client] = []
+
+    async def client(self) -> Client:
+        near, far = socket.socketpair()
+        near.setblocking(False)
+        far.setblocking(False)
+        self.server.serve(SocketStream(near, "client"))
+        client = Client(SocketStream(far, "server"), "disk")  # type: ignore[arg-type]
+        self.clients.append(client)
+        await client.until(lambda: client.codec.ready)
+        return client
+
+
+@pytest.fixture
+async def world(tmp_path: Path) -> AsyncIterator[World]:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(b"".join(block(number) for number in range(BLOCKS)))
+    node = FileNode("disk", await open_file(str(path)))
+    made = World(Edge(node, "export", "nbd", writable=True))
+    yield made
+    for client in made.clients:
+        client.stream.abort()
+    await made.server.stop()
+    await node.close()
+    spares._kept.clear()
+
+
+async def test_what_a_client_has_not_read_yet_is_not_used_again(world: World) -> None:
+    slow, quick = await world.client(), await world.client()
+    slow.stream.pause()
+    cookies = [slow.codec.read(number * BLOCK, BLOCK) for number in range(BLOCKS)]
+    slow.send()
+    for _ in range(4):
+        for number in reversed(range(BLOCKS)):
+            cookie = quick.codec.read(number * BLOCK, BLOCK)
+            quick.send()
+            assert (await quick.reply(cookie)).data == block(number)
+    await world.edge.pwrite(0, bytes(BLOCK * BLOCKS))
+    slow.stream.resume()
+    for number in range(BLOCKS):
+        data = (await slow.reply(cookies[number])).data
+        # The first were read before the change, and wait in memory; the rest is read only when there is room again.
+        assert data == block(number) or (number > 0 and data == bytes(BLOCK)), f"block {number} begins {data[:8]!r}"
+
+
+async def test_the_buffers_of_replies_are_used_again(world: World) -> None:
+    client = await world.client()
+    for _ in range(20):
+        cookie = client.codec.read(BLOCK, BLOCK)
+        client.send()
+        assert (await client.reply(cookie)).data == block(1)
+        await turns(3)
+    assert len(spares._kept[BLOCK]) <= 2
+
+
+async def test_the_payload_of_a_write_under_way_is_not_used_again(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = world.edge.node.storage  # type: ignore[attr-defined]
+    real = type(storage).try_pwrite
+    asked = 0
+
+    def every_other(self: object, offset: int, data: Buffer) -> bool:
+        nonlocal asked
+        asked += 1
+        return asked % 2 == 0 and bool(real(self, offset, data))
+
+    monkeypatch.setattr(type(storage), "try_pwrite", every_other)
+    clients = [await world.client() for _ in range(3)]
+    for turn in range(1, 4):
+        cookies = []
+        for number in range(BLOCKS):
+            client = clients[number % 3]
+            cookies.append(client.codec.write(number * BLOCK, block(turn * 1000 + number)))
+            client.send()
+        for number in range(BLOCKS):
+            assert not (await clients[number % 3].reply(cookies[number])).error
+        for number in range(BLOCKS):
+            assert await world.edge.pread(number * BLOCK, BLOCK) == block(turn * 1000 + number)
+    assert asked > BLOCKS
+
+
+async def test_a_client_that_never_lets_the_queue_run_empty_costs_no_memory_without_bound(world: World) -> None:
+    client = await world.client()
+    (server_end,) = world.server.clients()
+    client.stream.pause()
+    for _ in range(200):
+        client.codec.read(0, 64 * KiB)
+    client.send()
+    await asyncio.sleep(0.05)
+    assert len(server_end._sending) <= connection._SPARED_MAX
