@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import time
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -101,7 +102,14 @@ async def test_the_payload_of_a_write_under_way_is_not_used_again(
         asked += 1
         return asked % 2 == 0 and bool(real(self, offset, data))
 
+    in_a_thread = type(storage)._pwrite
+
+    def late(self: object, offset: int, data: Buffer) -> None:
+        time.sleep(0.002)
+        in_a_thread(self, offset, data)
+
     monkeypatch.setattr(type(storage), "try_pwrite", every_other)
+    monkeypatch.setattr(type(storage), "_pwrite", late)
     clients = [await world.client() for _ in range(3)]
     for turn in range(1, 4):
         cookies = []
