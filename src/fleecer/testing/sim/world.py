@@ -405,9 +405,8 @@ class World:
         if self.side is not self.top:
             await self.side.node.close()
         await self._close()
-        for disk in self.disks:
-            if disk.in_flight:
-                raise Violation(f"{disk.name} has {disk.in_flight} requests in flight at the end")
+        if left := self._left():
+            raise Violation(left)
         if self.node.driver == "qcow2":
             await self._check_image()
         await self._all_has_ended()
@@ -419,6 +418,9 @@ class World:
         for edge in self.graph.parents(self.node):
             if edge.busy:
                 return f"{edge} has {edge.busy} requests in flight at the end"
+        for disk in self.disks:
+            if disk.in_flight:
+                return f"{disk.name} has {disk.in_flight} requests in flight at the end"
         return "a job stays behind" if self.jobs.jobs() else ""
 
     async def _all_has_ended(self) -> None:
