@@ -335,18 +335,12 @@ class Snapshots:
 
 async def _open_scratch(directory: str, size: int) -> Storage:
     try:
-        storage = await open_unlinked(directory)
+        return await open_unlinked(directory, size)
     except IoError as error:
         if error.errno not in _NO_PLACE:
             raise
         detail = f"{os.strerror(error.errno)}; choose another place with --scratch-dir"
         raise IoError(error.errno, error.node, error.operation, detail=detail) from error
-    try:
-        await storage.truncate(size)
-    except BaseException:
-        await storage.close()
-        raise
-    return storage
 
 
 def _image_directory(disk: str, node: Node) -> str:

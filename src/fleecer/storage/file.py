@@ -385,9 +385,9 @@ async def create_file(
     return await running_pool().submit(Lane(), _create, path, size, exclusive, mode, locking)
 
 
-async def open_unlinked(directory: str) -> FileStorage:
-    """A new, empty file without a name in `directory`; its space is free again once it is closed, in whatever way."""
-    return await running_pool().submit(Lane(), _open_unlinked, directory)
+async def open_unlinked(directory: str, size: int = 0) -> FileStorage:
+    """A new file of `size` zeroes without a name in `directory`; its space is free again once it is closed."""
+    return await running_pool().submit(Lane(), _open_unlinked, directory, size)
 
 
 def _open(path: str, read_only: bool, locking: bool, force_share: bool) -> FileStorage:
@@ -463,7 +463,7 @@ def _resize_new(file: io.FileIO, path: str, size: int) -> None:
         raise IoError(error.errno or errno.EIO, path, f"resize to {size} bytes") from error
 
 
-def _open_unlinked(directory: str) -> FileStorage:
+def _open_unlinked(directory: str, size: int) -> FileStorage:
     try:
         file = open_unnamed(directory)
         if file is None:
@@ -472,8 +472,10 @@ def _open_unlinked(directory: str) -> FileStorage:
             file = io.FileIO(fd, "rb+")
     except OSError as error:
         raise IoError(error.errno or errno.EIO, directory, "create a scratch file") from error
+    path = os.path.join(directory, "(scratch)")
     with _closing_on_error(file):
-        return FileStorage(file, os.path.join(directory, "(scratch)"), read_only=False)
+        _resize_new(file, path, size)
+        return FileStorage(file, path, read_only=False)
 
 
 def _open_raw(path: str, flags: int, mode: int = 0o600) -> io.FileIO:

@@ -204,11 +204,11 @@ async def test_a_file_server_that_does_not_even_open_holds_up_only_who_asked(
 ) -> None:
     back, asked = asyncio.Event(), asyncio.Event()
 
-    async def stuck(directory: str) -> FileStorage:
+    async def stuck(directory: str, size: int) -> FileStorage:
         if directory.endswith("dead"):
             asked.set()
             await back.wait()
-        return await open_unlinked(world.directory)
+        return await open_unlinked(world.directory, size)
 
     monkeypatch.setattr("fleecer.daemon.snapshots.open_unlinked", stuck)
     create = world.daemon.snapshots.create
