@@ -47,6 +47,7 @@ MUTANTS = [
         """
             else:
                 await export.execute(request)
+                spares.give(request.data)
                 codec.reply_done(request)
 """,
         """
@@ -55,6 +56,7 @@ MUTANTS = [
                 self.wrote += request.command != 3
                 if self.wrote or request.command != 3:
                     await export.execute(request)
+                spares.give(request.data)
                 codec.reply_done(request)
 """,
         "a flush covers the writes of every connection",
@@ -64,11 +66,13 @@ MUTANTS = [
         _CONNECTION,
         """
                 await export.execute(request)
+                spares.give(request.data)
                 codec.reply_done(request)
 """,
         """
                 codec.reply_done(request)
                 await export.execute(request)
+                spares.give(request.data)
 """,
         "a write is answered when it has ended",
     ),
@@ -97,6 +101,20 @@ MUTANTS = [
         "a request with FUA is durable when it is answered",
         # Our own client has no FUA, it flushes instead; so the simulation never sends it.
         tests=("tests/unit/export/test_connection.py::test_fua_is_answered_only_after_a_flush",),
+    ),
+    Mutant(
+        "at-once-found-once-for-all",
+        _CONNECTION,
+        """
+            self._start(request)
+            read, write = (None, None) if self._refusing else export.at_once()
+""",
+        """
+            self._start(request)
+""",
+        "what reads and writes at once is found anew after a request that may have changed it",
+        # It takes two requests in one piece, of which the first has to wait: the simulation's guests ask one by one.
+        tests=("tests/unit/export/test_at_once.py::test_what_is_done_at_once_waits_for_what_was_asked_before_it",),
     ),
     Mutant(
         "flush-not-sent",

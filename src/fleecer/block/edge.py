@@ -19,7 +19,7 @@ import asyncio
 import errno
 from collections.abc import Iterator
 
-from fleecer.block.node import Extent, Node, merge_extents
+from fleecer.block.node import Extent, Node, ReadAtOnce, WriteAtOnce, merge_extents
 from fleecer.errors import IoError, PermissionConflict, quoted
 from fleecer.ranges import Buffer, align_down, align_up
 
@@ -122,6 +122,19 @@ class Edge:
         ):
             return False
         return node.try_pwrite(offset, data)
+
+    def reader(self) -> ReadAtOnce | None:
+        """As `try_pread`, for many requests in a row, which are inside the node and its limits; see `Node.reader`."""
+        node = self._node
+        if self._gate is not None or not self._plain or node.check is not None:
+            return None
+        return node.reader()
+
+    def writer(self) -> WriteAtOnce | None:
+        """As `try_pwrite`, for many requests in a row; see `reader`."""
+        if self._gate is not None or not self._plain or not self.writable:
+            return None
+        return self._node.writer()
 
     # The six operations. Each passes the gate, checks, counts, and hands on.
 

@@ -34,6 +34,10 @@ ZERO = 2
 """Status flag: reads as zeroes (NBD base:allocation, NBD_STATE_ZERO)."""
 
 
+ReadAtOnce = Callable[[int, int], Buffer | None]
+WriteAtOnce = Callable[[int, Buffer], bool]
+
+
 class Extent(NamedTuple):
     """A run of bytes of one kind. `flags` is an or of HOLE and ZERO; 0 (plain data) is always a safe answer."""
 
@@ -84,12 +88,12 @@ class Node(abc.ABC):
     __slots__ = ("check", "children", "limits", "name", "on_problem", "padding", "problem", "read_only", "size")
 
     def __init_subclass__(cls) -> None:
-        """Who overrides `pread` or `pwrite` alone gets every request there, not what is done at once past them."""
+        """Who overrides one of the ways to read, or to write, is not passed by on another that is inherited."""
         super().__init_subclass__()
-        if "pread" in cls.__dict__ and "try_pread" not in cls.__dict__:
-            cls.try_pread = Node.try_pread  # type: ignore[method-assign]
-        if "pwrite" in cls.__dict__ and "try_pwrite" not in cls.__dict__:
-            cls.try_pwrite = Node.try_pwrite  # type: ignore[method-assign]
+        for ways in (("pread", "try_pread", "reader"), ("pwrite", "try_pwrite", "writer")):
+            for index, way in enumerate(ways):
+                if way not in cls.__dict__ and any(other in cls.__dict__ for other in ways[:index]):
+                    setattr(cls, way, getattr(Node, way))
 
     def __init__(self, name: str, size: int, *, limits: Limits, read_only: bool = False) -> None:
         self.name = name
@@ -118,6 +122,17 @@ class Node(abc.ABC):
         A failure is raised as by `pwrite`.
         """
         return False
+
+    def reader(self) -> ReadAtOnce | None:
+        """What does `try_pread` from here, past nodes that only hand on; None where nothing can be had at once.
+
+        It is good for requests inside the node, until the caller gives way to the event loop or begins another request.
+        """
+        return self.try_pread
+
+    def writer(self) -> WriteAtOnce | None:
+        """What does `try_pwrite` from here; see `reader`."""
+        return self.try_pwrite
 
     @abc.abstractmethod
     async def pread(self, offset: int, length: int) -> Buffer:

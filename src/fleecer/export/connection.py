@@ -98,7 +98,14 @@ class Connection:
     # Requests.
 
     def _run(self, requests: list[Request]) -> None:
-        """Starts each request; one that need not wait has been answered when its turn ends."""
+        """Answers what needs no wait; starts the rest.
+
+        Most requests are read or written by a single call, and cost no coroutine. Nothing else runs between them, so
+        what makes that call is found once for all.
+        """
+        export = self.export
+        assert export is not None, "requests come only after an export was entered"
+        read, write = (None, None) if self._refusing else export.at_once()
         for index, request in enumerate(requests):
             if self._ready_bytes > _SEND_AT_BYTES:
                 self._send()
@@ -111,13 +118,38 @@ class Connection:
                 self.stream.pause()
                 break
             try:
-                if not self._answer_at_once(request):
-                    self._start(request)
-            except Exception as error:  # noqa: BLE001 - only a bug comes this far, and the other requests go on
-                self._report(error)
+                length = 0 if request.error else request.length
+                if length and request.command == CMD_READ and read is not None:
+                    data = read(request.offset, length)
+                    if data is not None:
+                        export.reads += 1
+                        export.bytes_read += length
+                        self._reply_read(request, data)
+                        continue
+                elif (
+                    length
+                    and request.command == CMD_WRITE
+                    and not request.flags
+                    and write is not None
+                    and write(request.offset, request.data)
+                ):
+                    export.writes += 1
+                    export.bytes_written += length
+                    spares.give(request.data)
+                    self._codec.reply_done(request)
+                    continue
+            except Exception as error:  # noqa: BLE001 - whatever it is, the client is answered
+                self._fail(request, error)
+                continue
+            self._start(request)
+            read, write = (None, None) if self._refusing else export.at_once()
 
     def _start(self, request: Request) -> None:
-        task = eager.start(self._answer(request))
+        try:
+            task = eager.start(self._answer(request))
+        except Exception as error:  # noqa: BLE001 - only a bug comes this far, and the other requests go on
+            self._report(error)
+            return
         if task is not None:
             held_bytes = request.length if request.command == CMD_READ else len(request.data)
             self._in_flight += 1
@@ -163,28 +195,6 @@ class Connection:
         elif self._finishing:
             self._send()
             self.stream.close()
-
-    def _answer_at_once(self, request: Request) -> bool:
-        """Answers a read or write that needs no wait, without a coroutine; False, with nothing done, for any other."""
-        export = self.export
-        if request.error or self._refusing or export is None:
-            return False
-        try:
-            if request.command == CMD_READ:
-                data = export.try_read(request.offset, request.length)
-                if data is None:
-                    return False
-                self._reply_read(request, data)
-            elif request.command == CMD_WRITE and not request.flags:
-                if not export.try_write(request.offset, request.data):
-                    return False
-                spares.give(request.data)
-                self._codec.reply_done(request)
-            else:
-                return False
-        except Exception as error:  # noqa: BLE001 - as in `_answer`
-            self._failed(request, error)
-        return True
 
     async def _answer(self, request: Request) -> None:
         codec = self._codec
@@ -232,6 +242,13 @@ class Connection:
         if self._server.raise_internal_errors:
             raise error
 
+    def _fail(self, request: Request, error: Exception) -> None:
+        """As `_failed`, where nobody hears what is raised."""
+        try:
+            self._failed(request, error)
+        except Exception as bug:  # noqa: BLE001 - the other requests go on
+            self._report(bug)
+
     def _refuse(self, request: Request, code: int, text: str) -> None:
         if not request.answered:
             self._codec.reply_error(request, code, text)
@@ -272,10 +289,7 @@ class Connection:
         self._refusing = self._codec.refuse_options = True
         waiting, self._waiting = self._waiting, collections.deque()
         for request in waiting:
-            try:
-                self._start(request)
-            except Exception as error:  # noqa: BLE001 - as in `_run`
-                self._report(error)
+            self._start(request)
         self._send_and_go_on()
         if self._in_flight:
             self._idle = self._idle or asyncio.get_running_loop().create_future()

@@ -9,7 +9,7 @@ import errno
 from collections.abc import Awaitable, Callable, Mapping
 
 from fleecer.block.edge import Edge
-from fleecer.block.node import Extent
+from fleecer.block.node import Extent, ReadAtOnce, WriteAtOnce
 from fleecer.errors import FleecerError, IoError
 from fleecer.ranges import Buffer
 from fleecer.units import KiB, MiB
@@ -101,21 +101,15 @@ class Export:
             contexts=tuple(self.contexts),
         )
 
-    def try_read(self, offset: int, length: int) -> Buffer | None:
-        """What a read asks for, if it can be had at once; see `Edge.try_pread`."""
-        data = self.edge.try_pread(offset, length)
-        if data is not None:
-            self.reads += 1
-            self.bytes_read += length
-        return data
+    def at_once(self) -> tuple[ReadAtOnce | None, WriteAtOnce | None]:
+        """What reads, and what writes, without a wait, where that can be done; see `Edge.reader`.
 
-    def try_write(self, offset: int, data: Buffer) -> bool:
-        """Does what a write asks for, without FUA, if that can be done at once; see `Edge.try_pwrite`."""
-        done = self.edge.try_pwrite(offset, data)
-        if done:
-            self.writes += 1
-            self.bytes_written += len(data)
-        return done
+        For requests inside the export. Whoever uses them counts what is read and written.
+        """
+        edge = self.edge
+        if edge.node.limits.transfer_max_bytes < PAYLOAD_MAX_BYTES:
+            return None, None
+        return edge.reader(), edge.writer()
 
     async def execute(self, request: Request) -> Buffer | None:
         """Does what a read, write, flush, trim, cache or write-zeroes request asks; returns what was read.

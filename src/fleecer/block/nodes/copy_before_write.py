@@ -6,7 +6,10 @@ rules. Discards and zeroes are changes like any other. Without a snapshot the fi
 
 from __future__ import annotations
 
+import functools
+
 from fleecer.block.copier import Copier
+from fleecer.block.node import ReadAtOnce, WriteAtOnce
 from fleecer.block.nodes.filter import FilterNode
 from fleecer.ranges import Buffer
 
@@ -38,6 +41,18 @@ class CopyBeforeWriteNode(FilterNode):
     def try_pwrite(self, offset: int, data: Buffer) -> bool:
         """See `Node.try_pwrite`: what must be preserved first has to wait."""
         return not self.copier.must_preserve(offset, len(data)) and self.child.try_pwrite(offset, data)
+
+    def reader(self) -> ReadAtOnce | None:
+        """See `Node.reader`."""
+        return self.child.reader()
+
+    def writer(self) -> WriteAtOnce | None:
+        """See `Node.writer`."""
+        write = self.child.writer()
+        return functools.partial(self._write_at_once, write) if write is not None else None
+
+    def _write_at_once(self, write: WriteAtOnce, offset: int, data: Buffer) -> bool:
+        return not self.copier.must_preserve(offset, len(data)) and write(offset, data)
 
     async def pwrite(self, offset: int, data: Buffer, serialising: bool = False) -> None:
         """Preserves the range for the snapshots, then writes. Raises before anything changed if preserving may fail."""

@@ -19,7 +19,7 @@ import os
 
 from fleecer import eager
 from fleecer.block.inflight import InFlight
-from fleecer.block.node import HOLE, ZERO, Extent, Limits, Node, Problem, merge_extents
+from fleecer.block.node import HOLE, ZERO, Extent, Limits, Node, Problem, ReadAtOnce, merge_extents
 from fleecer.errors import IoError, UsageError, quoted, told
 from fleecer.ranges import Buffer
 from fleecer.storage.api import Storage
@@ -86,6 +86,10 @@ class FileNode(Node):
             if offset + length > self.size:
                 self._changed(offset + length)
         return done
+
+    def reader(self) -> ReadAtOnce | None:
+        """See `Node.reader`."""
+        return self.try_pread if len(self._pooled) else self.storage.try_pread
 
     async def pread(self, offset: int, length: int) -> Buffer:
         """See `Node.pread`. Past the end of the file, up to the alignment, there are zeroes."""

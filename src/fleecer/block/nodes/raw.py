@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from fleecer.block.node import ReadAtOnce, WriteAtOnce
 from fleecer.block.nodes.filter import FilterNode
 from fleecer.ranges import Buffer
 
@@ -20,3 +21,11 @@ class RawNode(FilterNode):
     def try_pwrite(self, offset: int, data: Buffer) -> bool:
         """See `Node.try_pwrite`."""
         return self.child.try_pwrite(offset, data)
+
+    def reader(self) -> ReadAtOnce | None:
+        """See `Node.reader`."""
+        return self.child.reader()
+
+    def writer(self) -> WriteAtOnce | None:
+        """See `Node.writer`."""
+        return self.child.writer()

@@ -14,11 +14,12 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
+import functools
 from array import array
 
 from fleecer.block.edge import Edge
 from fleecer.block.inflight import InFlight
-from fleecer.block.node import HOLE, ZERO, Extent, Limits, Node, Problem, merge_extents
+from fleecer.block.node import HOLE, ZERO, Extent, Limits, Node, Problem, ReadAtOnce, WriteAtOnce, merge_extents
 from fleecer.block.nodes.qcow2.allocator import Allocator, Run
 from fleecer.block.nodes.qcow2.commit import Committer
 from fleecer.block.nodes.qcow2.image import Image
@@ -140,6 +141,23 @@ class Qcow2Node(Node):
 
     def try_pread(self, offset: int, length: int) -> Buffer | None:
         """See `Node.try_pread`: within one ordinary cluster whose slice is in memory, and which nobody changes."""
+        return self._read_at_once(self._file.try_pread, offset, length)
+
+    def try_pwrite(self, offset: int, data: Buffer) -> bool:
+        """See `Node.try_pwrite`: in one cluster that is ours alone, whose slice is in memory, which nobody changes."""
+        return self._write_at_once(self._file.try_pwrite, offset, data)
+
+    def reader(self) -> ReadAtOnce | None:
+        """See `Node.reader`."""
+        read = self._file.reader()
+        return functools.partial(self._read_at_once, read) if read is not None else None
+
+    def writer(self) -> WriteAtOnce | None:
+        """See `Node.writer`."""
+        write = self._file.writer() if self._image.accepts_writes else None
+        return functools.partial(self._write_at_once, write) if write is not None else None
+
+    def _read_at_once(self, read: ReadAtOnce, offset: int, length: int) -> Buffer | None:
         bits = self._cluster_bits
         cluster = offset >> bits
         table = self._l1[cluster >> self._l2_bits] & _OTHER_BITS
@@ -157,10 +175,9 @@ class Qcow2Node(Node):
             or self._in_flight.would_wait(cluster << bits, self._cluster_size)
         ):
             return None
-        return self._file.try_pread(host + inner, length)
+        return read(host + inner, length)
 
-    def try_pwrite(self, offset: int, data: Buffer) -> bool:
-        """See `Node.try_pwrite`: in one cluster that is ours alone, whose slice is in memory, which nobody changes."""
+    def _write_at_once(self, write: WriteAtOnce, offset: int, data: Buffer) -> bool:
         image, bits = self._image, self._cluster_bits
         cluster = offset >> bits
         table = self._l1[cluster >> self._l2_bits] & _OTHER_BITS
@@ -178,7 +195,7 @@ class Qcow2Node(Node):
             or self._in_flight.would_wait(cluster << bits, self._cluster_size)
         ):
             return False
-        return self._file.try_pwrite(host + inner, data)
+        return write(host + inner, data)
 
     def _is_in_file(self, end: int) -> bool:
         """Whether the file, which may have grown, reaches up to `end`."""

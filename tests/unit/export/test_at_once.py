@@ -1,4 +1,4 @@
-"""Large buffers are used again only once nobody has them: over real files and sockets, clients that do not read."""
+"""Requests done at once, over real files and sockets: whose memory they use, and for whom they wait."""
 
 from __future__ import annotations
 
@@ -133,3 +133,24 @@ async def test_a_client_that_never_lets_the_queue_run_empty_costs_no_memory_with
     client.send()
     await asyncio.sleep(0.05)
     assert len(server_end._sending) <= connection._SPARED_MAX
+
+
+async def test_what_is_done_at_once_waits_for_what_was_asked_before_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = world.edge.node.storage  # type: ignore[attr-defined]
+    in_a_thread = type(storage)._pwrite
+
+    def late(self: object, offset: int, data: Buffer) -> None:
+        time.sleep(0.01)
+        in_a_thread(self, offset, data)
+
+    monkeypatch.setattr(type(storage), "try_pwrite", lambda *_: False)
+    monkeypatch.setattr(type(storage), "_pwrite", late)
+    client = await world.client()
+    data = block(1000)[: 4 * KiB]
+    written = client.codec.write(0, data)  # so short that both come in one piece
+    read = client.codec.read(0, len(data))
+    client.send()
+    assert (await client.reply(read)).data == data, "a thread was writing that range"
+    assert not (await client.reply(written)).error
