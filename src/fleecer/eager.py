@@ -34,6 +34,11 @@ def start(coroutine: Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
     return task
 
 
+def forget(loop: asyncio.AbstractEventLoop) -> None:
+    """Lets go of what still waits in a loop that is closed without having let it end, as simulations do."""
+    _waiting.difference_update([task for task in _waiting if task.get_loop() is loop])
+
+
 class _Rest(Coroutine[Any, Any, None]):
     """What is left of a coroutine that has asked to wait for `awaited`, for a task to run.
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import itertools
 import random
+import weakref
 from collections.abc import Callable
 
 import pytest
 
+from fleecer import eager
 from fleecer.testing.sim.loop import (
     Fifo,
     NamedLoop,
@@ -241,3 +244,22 @@ def test_pending_counts_what_can_still_happen() -> None:
         assert loop.pending() == 2
     finally:
         loop.close()
+
+
+def test_a_simulation_that_is_over_leaves_nothing_in_memory() -> None:
+    class Big:
+        """What a request holds on to."""
+
+    held: list[weakref.ref[Big]] = []
+
+    async def waits(big: Big) -> None:
+        held.append(weakref.ref(big))
+        await asyncio.get_running_loop().create_future()
+
+    async def program() -> None:
+        eager.start(waits(Big()))
+        await asyncio.sleep(0)
+
+    simulate(program())
+    gc.collect()
+    assert held[0]() is None

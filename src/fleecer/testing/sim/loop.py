@@ -36,6 +36,8 @@ from collections import deque
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
+from fleecer import eager
+
 T = TypeVar("T")
 
 
@@ -375,3 +377,4 @@ def _close(loop: SimLoop) -> None:
         loop._ready.clear()
         loop._scheduled.clear()
         loop.close()
+        eager.forget(loop)
