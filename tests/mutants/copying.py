@@ -47,27 +47,62 @@ MUTANTS = [
         "settled-while-being-copied",
         _COPIER,
         """
-        if self._copies or any(len(snapshot.frozen) for snapshot in self._snapshots):
+        if any(copy.start < end and first < copy.end for copy in self._copies):
             return True
-""",
+        start,""",
         """
-        if any(len(snapshot.frozen) for snapshot in self._snapshots):
-            return True
-""",
+        start,""",
         "a cluster on its way to a scratch is not there yet",
     ),
     Mutant(
         "frozen-reads-forgotten-once-settled",
         _COPIER,
         """
-        if self._copies or any(len(snapshot.frozen) for snapshot in self._snapshots):
-            return True
+        return any(len(snapshot.frozen) and snapshot.frozen.overlaps(start, length) for snapshot in self._snapshots)
 """,
         """
-        if self._copies:
-            return True
+        return False
 """,
         "a change of what is preserved still waits for those who read it from the disk",
+    ),
+    Mutant(
+        "copied-at-once-while-read",
+        _COPIER,
+        """
+        return not self._is_busy(first, end) and (self._is_settled(first, end) or self._copied_at_once(first, end))
+""",
+        """
+        if self._is_settled(first, end):
+            return not self._is_busy(first, end)
+        return self._copied_at_once(first, end)
+""",
+        "what is copied at once may still be read from the disk by a snapshot",
+    ),
+    Mutant(
+        "copied-at-once-but-not-written",
+        _COPIER,
+        """
+        done = snapshot.fresh if is_zero(data) else snapshot.scratch.try_pwrite(start, data)
+""",
+        """
+        done = snapshot.fresh if is_zero(data) else snapshot.scratch.try_pwrite(start, data) or True
+""",
+        "a copy that could not be made at once is not marked",
+    ),
+    Mutant(
+        "copied-at-once-and-marked-too-far",
+        _COPIER,
+        """
+                newest.done.set(start, stop)
+                self._settled.set(start, stop)
+        return True
+""",
+        """
+                newest.done.set(start, stop + 1)
+                self._settled.set(start, stop + 1)
+        return True
+""",
+        "only what was copied at once is marked",
     ),
     Mutant(
         "frozen-reads-not-waited-for",

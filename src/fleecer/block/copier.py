@@ -33,7 +33,7 @@ import errno
 from collections.abc import Callable
 from typing import Literal
 
-from fleecer import eager
+from fleecer import eager, spares
 from fleecer.block.bitmap import Bitmap
 from fleecer.block.edge import Edge
 from fleecer.block.inflight import Claim, InFlight
@@ -267,10 +267,54 @@ class Copier:
         """Whether a change of this range has to go through `preserve` first. Never waits."""
         if self._newest is None and not self._copies:
             return False
-        if self._copies or any(len(snapshot.frozen) for snapshot in self._snapshots):
+        first, end = self._clusters(offset, length)
+        return not self._is_settled(first, end) or self._is_busy(first, end)
+
+    def preserved_at_once(self, offset: int, length: int) -> bool:
+        """As `preserve`, if that takes no wait; False, with nothing marked, if it does, or fails: `preserve` will see.
+
+        Where True, the range may be changed now, before anything else can happen.
+        """
+        if self._newest is None and not self._copies:
             return True
         first, end = self._clusters(offset, length)
-        return not (self._settled[first] if end == first + 1 else self._settled.all(first, end))
+        return not self._is_busy(first, end) and (self._is_settled(first, end) or self._copied_at_once(first, end))
+
+    def _is_settled(self, first: int, end: int) -> bool:
+        return bool(self._settled[first]) if end == first + 1 else self._settled.all(first, end)
+
+    def _is_busy(self, first: int, end: int) -> bool:
+        """Whether any of these clusters is being copied, or read from the disk by a snapshot."""
+        if any(copy.start < end and first < copy.end for copy in self._copies):
+            return True
+        start, length = first * self.cluster_size_bytes, (end - first) * self.cluster_size_bytes
+        return any(len(snapshot.frozen) and snapshot.frozen.overlaps(start, length) for snapshot in self._snapshots)
+
+    def _copied_at_once(self, first: int, end: int) -> bool:
+        newest = self._newest
+        if newest is None:
+            return True  # nobody wants the old data
+        if newest.serialising or (end - first) * self.cluster_size_bytes > COPY_MAX_BYTES:
+            return False
+        for start, stop, settled in list(self._settled.runs(first, end)):
+            if not settled:
+                try:
+                    if not self._copy_at_once(newest, start, stop):
+                        return False
+                except FleecerError:
+                    return False  # `preserve` meets it again, and knows what is to be done
+                newest.done.set(start, stop)
+                self._settled.set(start, stop)
+        return True
+
+    def _copy_at_once(self, snapshot: Snapshot, first: int, end: int) -> bool:
+        start = first * self.cluster_size_bytes
+        data = self.source.try_pread(start, min(end * self.cluster_size_bytes, self.source.size) - start)
+        if data is None:
+            return False
+        done = snapshot.fresh if is_zero(data) else snapshot.scratch.try_pwrite(start, data)
+        spares.give(data)
+        return done
 
     async def preserve(self, offset: int, length: int) -> None:
         """Returns when the range may be changed: its old data is safe and no snapshot is reading it from the disk.
@@ -375,6 +419,7 @@ class Copier:
             reading = False
             if not is_zero(data):
                 await scratch.pwrite(start, data, serialising=copy.snapshot.serialising)
+                spares.give(data)
             elif not copy.snapshot.fresh:
                 await scratch.zero(start, length, serialising=copy.snapshot.serialising)
         except FleecerError as error:

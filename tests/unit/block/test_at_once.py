@@ -51,14 +51,26 @@ async def test_who_overrides_an_operation_sees_every_request() -> None:
     assert edge.try_pwrite(0, b"x"), "what it leaves alone goes past it"
 
 
-async def test_a_change_that_must_be_preserved_first_is_not_done_at_once() -> None:
+async def test_old_data_that_takes_no_wait_to_copy_is_copied_at_once() -> None:
     world = World()
     assert world.top.try_pwrite(0, b"x")
     taken = await world.take()
-    assert not world.top.try_pwrite(0, b"y")
-    await world.top.pwrite(0, b"y")
-    assert world.top.try_pwrite(1, b"z"), "preserved"
-    assert not world.top.try_pwrite(CLUSTER, b"z")
+    assert world.top.try_pwrite(0, b"y")
+    assert world.top.try_pwrite(CLUSTER - 1, b"zz")
+    assert taken.fleece.snapshot.done.count() == 2
+    await world.check_whole(taken)
+
+
+async def test_what_a_snapshot_is_reading_from_the_disk_is_not_changed_at_once() -> None:
+    world = World()
+    taken = await world.take()
+    copier, snapshot = taken.fleece.copier, taken.fleece.snapshot
+    claim = copier.freeze(snapshot, CLUSTER + 512, 512)
+    assert not world.top.try_pwrite(CLUSTER, b"x"), "it may be copied, but not changed"
+    assert world.top.try_pwrite(CLUSTER - 1, b"x")
+    assert world.top.try_pwrite(2 * CLUSTER, b"x")
+    copier.thaw(snapshot, claim)
+    assert world.top.try_pwrite(CLUSTER, b"x")
     await world.check_whole(taken)
 
 

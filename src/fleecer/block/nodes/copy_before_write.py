@@ -39,8 +39,8 @@ class CopyBeforeWriteNode(FilterNode):
         return self.child.try_pread(offset, length)
 
     def try_pwrite(self, offset: int, data: Buffer) -> bool:
-        """See `Node.try_pwrite`: what must be preserved first has to wait."""
-        return not self.copier.must_preserve(offset, len(data)) and self.child.try_pwrite(offset, data)
+        """See `Node.try_pwrite`: what must be preserved first may have to wait."""
+        return self.copier.preserved_at_once(offset, len(data)) and self.child.try_pwrite(offset, data)
 
     def reader(self) -> ReadAtOnce | None:
         """See `Node.reader`."""
@@ -52,7 +52,7 @@ class CopyBeforeWriteNode(FilterNode):
         return functools.partial(self._write_at_once, write) if write is not None else None
 
     def _write_at_once(self, write: WriteAtOnce, offset: int, data: Buffer) -> bool:
-        return not self.copier.must_preserve(offset, len(data)) and write(offset, data)
+        return self.copier.preserved_at_once(offset, len(data)) and write(offset, data)
 
     async def pwrite(self, offset: int, data: Buffer, serialising: bool = False) -> None:
         """Preserves the range for the snapshots, then writes. Raises before anything changed if preserving may fail."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 
+from fleecer import spares
 from fleecer.block.copier import FREEZE_MAX_BYTES, Copier, Snapshot
 from fleecer.block.edge import Edge
 from fleecer.block.inflight import InFlight
@@ -51,9 +52,24 @@ class SnapshotAccessNode(Node):
         if self._in_flight is not None:
             return None
         holder, run = self._locate(offset, length)
-        if run != length:
-            return None
-        return (self._copier.source if holder is None else holder.scratch).try_pread(offset, length)
+        if run == length:
+            return self._side(holder).try_pread(offset, length)
+        data = spares.take(length)
+        position = 0
+        while True:
+            piece = self._side(holder).try_pread(offset + position, run)
+            if piece is None:
+                return None
+            data[position : position + run] = piece
+            spares.give(piece)
+            position += run
+            if position == length:
+                return data
+            holder, run = self._locate(offset + position, length - position)
+
+    def _side(self, holder: Snapshot | None) -> Edge:
+        """Where what `_locate` found is: a scratch, or the disk."""
+        return self._copier.source if holder is None else holder.scratch
 
     async def pread(self, offset: int, length: int) -> Buffer:
         """The bytes as they were. Raises SnapshotBroken, or IoError (EACCES) where the reader discarded the range."""

@@ -56,7 +56,7 @@ def main(words: list[str] | None = None) -> int:
     chosen.add_argument("--gauntlet", action="store_true", help="try a bit of everything, up to the first failure")
     chosen.add_argument("--replay", metavar="FILE", help="run every line of a corpus")
     options = parser.parse_args(words)
-    _quiet()
+    logging.disable(logging.WARNING)  # what is given up is warned of, and here much is
     if options.seed is not None:
         return _tell(options.seed)
     if options.exhaust is not None:
@@ -183,16 +183,11 @@ def _on_all(jobs: int, work: Callable[[T], U], items: Iterable[T], end: float = 
     if jobs <= 1:
         yield from map(work, in_time)
         return
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), _quiet) as pool:
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), logging.disable, (logging.WARNING,)) as pool:
         pending = deque(pool.submit(work, item) for item in itertools.islice(in_time, jobs * 2))
         while pending:
             yield pending.popleft().result()
             pending.extend(pool.submit(work, item) for item in itertools.islice(in_time, 1))
-
-
-def _quiet() -> None:
-    """What is given up is warned of, and here much is."""
-    logging.disable(logging.WARNING)
 
 
 def _report(what: str, error: str, failure: Failure | None) -> None:

@@ -79,10 +79,18 @@ def late_programs() -> Iterator[Case]:
         ("read 0 16", "read 0 16", "read 0 16", "write 0 8", "flush"),
         ("read 0 16", "read 0 16", "read 0 16", "discard 8 16", "write 9 12"),
     )
-    reader = ("sread 0 0 16", "sstatus 0 0 16", "sread 0 0 16")
+    readers = (("sread 0 0 16", "sstatus 0 0 16", "sread 0 0 16"), ("sread 0 8 16", "sread 0 8 16", "sstatus 0 8 16"))
     formats: tuple[Format, ...] = ("bare", "raw", "qcow2")
-    for disk_format, seed in itertools.product(formats, range(2)):
-        yield Case(disk_format, 2, ("access",), (*guests, reader), seed=seed, copy_timeout_s=COPY_TIMEOUT_S)
+    for disk_format, (seed, reader) in itertools.product(formats, enumerate(readers)):
+        yield Case(
+            disk_format,
+            2,
+            ("access",),
+            (*guests, reader),
+            seed=seed,
+            inline=0.5 * seed,
+            copy_timeout_s=COPY_TIMEOUT_S,
+        )
 
 
 def programs() -> Iterator[Case]:
