@@ -34,7 +34,6 @@ IN_FLIGHT_BYTES_MAX = 32 * MiB
 QUEUED_BYTES_MAX = 8 * MiB
 STOP_GRACE_S = 1.0
 """How long a client that is sent away has to read its last replies."""
-_SPARED_MAX = 64  # buffers of replies that are kept in mind until the queue is empty
 _SEND_AT_BYTES = 1 * MiB  # replies gathered before they are sent although more requests are at hand
 
 _log = logging.getLogger(__name__)
@@ -53,7 +52,9 @@ class Connection:
         self._in_flight = 0  # started, and not ended at once
         self._in_flight_bytes = 0
         self._ready_bytes = 0  # replies in the codec's `outgoing`
-        self._sending: list[Buffer] = []  # large buffers in replies: spare again once the kernel has taken them all
+        # Large buffers of replies that are sent, and where in the stream each ends: spare once the kernel has it all.
+        self._sending: collections.deque[tuple[int, Buffer]] = collections.deque()
+        self._has_spares = False  # whether some are in the replies not sent yet
         self._refusing = False  # we are going: new requests get ESHUTDOWN
         self._finishing = False  # nothing more is read; the stream is closed once all that was asked is answered
         self._gone = False  # the stream has ended
@@ -227,8 +228,8 @@ class Connection:
         else:
             codec.reply_read(request, data)
             self._ready_bytes += request.length
-            if request.length >= spares.LENGTH_MIN and len(self._sending) < _SPARED_MAX:
-                self._sending.append(data)
+            if request.length >= spares.LENGTH_MIN:
+                self._has_spares = True
 
     def _failed(self, request: Request, error: Exception) -> None:
         """Answers a request that failed. A bug is answered, logged, and raised where a test wants it."""
@@ -263,16 +264,26 @@ class Connection:
         outgoing = self._codec.outgoing
         if outgoing:
             self._ready_bytes = 0
+            if self._has_spares:
+                self._note_spares(outgoing)
             self.stream.send(outgoing)
             outgoing.clear()
-            if self._sending and not self.stream.queued_bytes:
+            if self._sending:
                 self._spare()
 
+    def _note_spares(self, outgoing: list[Buffer]) -> None:
+        self._has_spares = False
+        end = self.stream.sent_bytes
+        for piece in outgoing:
+            end += len(piece)
+            if type(piece) is spares.Spare:
+                self._sending.append((end, piece))
+
     def _spare(self) -> None:
-        """Nothing is queued any more, so nobody has the buffers of the replies."""
-        for buffer in self._sending:
-            spares.give(buffer)
-        self._sending.clear()
+        """Gives the buffers back that the kernel has taken."""
+        sending, taken = self._sending, self.stream.sent_bytes - self.stream.queued_bytes
+        while sending and sending[0][0] <= taken:
+            spares.give(sending.popleft()[1])
 
     # The end.
 

@@ -51,11 +51,12 @@ class Receiver(Protocol):
 
 
 class Stream(abc.ABC):
-    """One connected byte stream. `queued_bytes` is what `send` was given and the kernel has not taken.
+    """One connected byte stream. `peer` names the other end in messages.
 
-    `peer` names the other end in messages.
+    `sent_bytes` is all that `send` was given so far, `queued_bytes` what of it the kernel has not taken.
     """
 
+    sent_bytes: int
     queued_bytes: int
     peer: str
 
@@ -89,6 +90,7 @@ class SocketStream(Stream):
 
     def __init__(self, sock: socket.socket, peer: str) -> None:
         self.peer = peer
+        self.sent_bytes = 0
         self.queued_bytes = 0
         self._sock: socket.socket | None = sock
         self._fd = sock.fileno()
@@ -121,17 +123,18 @@ class SocketStream(Stream):
         sock = self._sock
         if sock is None or self._closing:
             return
+        size = sum(map(len, pieces))
+        self.sent_bytes += size
         if self._queue:
             self._enqueue(pieces)
             return
-        taken, total = 0, 0
+        taken = 0
         try:
             for start in range(0, len(pieces), _PIECES_MAX):
                 batch = pieces[start : start + _PIECES_MAX] if len(pieces) > _PIECES_MAX else pieces
-                size = sum(map(len, batch))
-                total += size
-                taken += sock.sendmsg(batch)
-                if taken < total:
+                taken_now = sock.sendmsg(batch)
+                taken += taken_now
+                if taken < size and (batch is pieces or taken_now < sum(map(len, batch))):
                     break
             else:
                 return

@@ -35,7 +35,7 @@ class _Pipe:
 
 
 class MemoryStream(Stream):
-    """One end. Made by `memory_streams`. `send_count` and `sent_bytes` tell how often and how much was sent here."""
+    """One end. Made by `memory_streams`. `send_count` tells how often something was sent here."""
 
     def __init__(self, peer: str, outward: _Pipe, inward: _Pipe, piece_bytes: int) -> None:
         self.peer = peer

@@ -14,7 +14,7 @@ from tests.serving_world import Client, turns
 from fleecer import spares
 from fleecer.block.edge import Edge
 from fleecer.block.nodes.file import FileNode
-from fleecer.export import Export, Server, connection
+from fleecer.export import Export, Server
 from fleecer.net.stream import SocketStream
 from fleecer.ranges import Buffer
 from fleecer.storage.file import open_file
@@ -124,15 +124,25 @@ async def test_the_payload_of_a_write_under_way_is_not_used_again(
     assert late_writes == 3 * BLOCKS // 2
 
 
-async def test_a_client_that_never_lets_the_queue_run_empty_costs_no_memory_without_bound(world: World) -> None:
+async def test_a_buffer_is_used_again_once_it_is_taken_though_others_are_still_queued(world: World) -> None:
     client = await world.client()
     (server_end,) = world.server.clients()
     client.stream.pause()
-    for _ in range(200):
-        client.codec.read(0, 64 * KiB)
+    for number in range(16):
+        client.codec.read((number + 1) * BLOCK, BLOCK)
     client.send()
-    await asyncio.sleep(0.05)
-    assert len(server_end._sending) <= connection._SPARED_MAX
+    while server_end.stream.sent_bytes < 16 * BLOCK:
+        await asyncio.sleep(0)
+    held = len(server_end._sending)
+    client.stream.resume()
+    while client.codec.in_flight > 4:
+        await asyncio.sleep(0)
+    client.stream.pause()
+    client.codec.read(BLOCK, BLOCK)
+    client.send()
+    await turns(5)
+    assert server_end.stream.queued_bytes, "it would show nothing"
+    assert len(server_end._sending) < held
 
 
 async def test_what_is_done_at_once_waits_for_what_was_asked_before_it(
