@@ -29,6 +29,7 @@ from fleecer.ranges import Buffer
 from fleecer.units import KiB
 
 _PIECES_MAX = 512  # buffers in one sendmsg, below every kernel's limit of 1024
+_BATCH_BYTES = 512 * KiB  # offered at once of what is queued: more than a socket takes
 _RECEIVES_MAX = 4  # receives a turn before other streams get theirs
 _LINGER_S = 1.0  # how long a TCP connection that we closed waits for the peer to close its side
 _DISCARD_BYTES = 64 * KiB
@@ -193,15 +194,24 @@ class SocketStream(Stream):
         queue = self._queue
         try:
             while queue:
-                batch = [queue[i] for i in range(min(len(queue), _PIECES_MAX))]
+                batch: list[Buffer] = []
+                size = 0
+                for piece in queue:
+                    batch.append(piece)
+                    size += len(piece)
+                    if size >= _BATCH_BYTES or len(batch) == _PIECES_MAX:
+                        break
                 taken = sock.sendmsg(batch)
                 self.queued_bytes -= taken
-                rest = _after(batch, taken)
-                for _ in batch:
-                    queue.popleft()
-                queue.extendleft(reversed(rest))
-                if rest:
-                    return
+                if taken == size:
+                    for _ in batch:
+                        queue.popleft()
+                    continue
+                while taken >= len(queue[0]):
+                    taken -= len(queue.popleft())
+                if taken:
+                    queue[0] = memoryview(queue[0])[taken:]
+                return
         except (BlockingIOError, InterruptedError):
             return
         except OSError as error:
