@@ -47,21 +47,25 @@ MUTANTS = [
         "settled-while-being-copied",
         _COPIER,
         """
-        if any(copy.start < end and first < copy.end for copy in self._copies):
-            return True
-        start,""",
+        for copy in self._copies:
+            if copy.start < end and first < copy.end:
+                return True
+        for snapshot in self._snapshots:
+            if len""",
         """
-        start,""",
+        for snapshot in self._snapshots:
+            if len""",
         "a cluster on its way to a scratch is not there yet",
     ),
     Mutant(
         "frozen-reads-forgotten-once-settled",
         _COPIER,
         """
-        return any(len(snapshot.frozen) and snapshot.frozen.overlaps(start, length) for snapshot in self._snapshots)
+                if snapshot.frozen.overlaps(start, length):
+                    return True
 """,
         """
-        return False
+                pass
 """,
         "a change of what is preserved still waits for those who read it from the disk",
     ),

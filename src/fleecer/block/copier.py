@@ -285,10 +285,15 @@ class Copier:
 
     def _is_busy(self, first: int, end: int) -> bool:
         """Whether any of these clusters is being copied, or read from the disk by a snapshot."""
-        if any(copy.start < end and first < copy.end for copy in self._copies):
-            return True
-        start, length = first * self.cluster_size_bytes, (end - first) * self.cluster_size_bytes
-        return any(len(snapshot.frozen) and snapshot.frozen.overlaps(start, length) for snapshot in self._snapshots)
+        for copy in self._copies:
+            if copy.start < end and first < copy.end:
+                return True
+        for snapshot in self._snapshots:
+            if len(snapshot.frozen):
+                start, length = first * self.cluster_size_bytes, (end - first) * self.cluster_size_bytes
+                if snapshot.frozen.overlaps(start, length):
+                    return True
+        return False
 
     def _copied_at_once(self, first: int, end: int) -> bool:
         newest = self._newest

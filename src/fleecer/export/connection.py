@@ -136,7 +136,8 @@ class Connection:
                 ):
                     export.writes += 1
                     export.bytes_written += length
-                    spares.give(request.data)
+                    if length >= spares.LENGTH_MIN:
+                        spares.give(request.data)
                     self._codec.reply_done(request)
                     continue
             except Exception as error:  # noqa: BLE001 - whatever it is, the client is answered

@@ -93,9 +93,8 @@ class InlineWrites:
         """To be called before a write where `quick_to_go` is not 0."""
         self._slept_before = self._times_put_to_sleep()
 
-    def ended(self, begun_s: float) -> None:
-        """Learns from an inline write that began at `begun_s` and has just ended."""
-        now_s = self.clock()
+    def ended(self, begun_s: float, now_s: float) -> None:
+        """Learns from an inline write that took from `begun_s` to `now_s`, if it was slow or one was a while ago."""
         if now_s - begun_s > self.SLOW_S:
             if self.quick_to_go and self._times_put_to_sleep() != self._slept_before:
                 self.resume_at_s = now_s + self.pause_s
@@ -191,7 +190,9 @@ class FileStorage:
             count = os.pwrite(self._fd, data, offset)
         except OSError as error:
             raise self._failed(error, "write", offset, length) from error
-        policy.ended(begun_s)
+        now_s = policy.clock()
+        if policy.quick_to_go or now_s - begun_s > policy.SLOW_S:
+            policy.ended(begun_s, now_s)
         if count != length:
             return False
         if offset + length > self.size:

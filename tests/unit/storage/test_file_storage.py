@@ -467,7 +467,7 @@ def timed(policy: InlineWrites, clock: Clock, took_s: float) -> float:
     if policy.quick_to_go:
         policy.look_closely()
     clock.now_s += took_s
-    policy.ended(begun_s)
+    policy.ended(begun_s, clock())
     return policy.resume_at_s - clock.now_s
 
 
