@@ -277,7 +277,7 @@ class Connection:
         end = self.stream.sent_bytes
         for piece in outgoing:
             end += len(piece)
-            if type(piece) is spares.Spare:
+            if spares.is_spare(piece):
                 self._sending.append((end, piece))
 
     def _spare(self) -> None:

@@ -17,6 +17,7 @@ import dataclasses
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from typing import NamedTuple
 
+from fleecer import spares
 from fleecer.block.edge import Edge
 from fleecer.block.node import ZERO
 from fleecer.errors import UsageError, quoted
@@ -81,6 +82,7 @@ async def copy(source: Edge, target: Edge, *, target_is_zero: bool, report: Repo
             written += end - start
         if written < len(data) and not target_is_zero:
             await _zero_between(target, data, run.start, unit)
+        spares.give(data)
         progress.written += written
         if report is not None:
             report(progress)
@@ -104,6 +106,8 @@ async def compare(left: Edge, right: Edge, *, report: Report | None = None) -> i
         if bytes(ours) != bytes(theirs):
             at = next(i for i in range(length) if ours[i] != theirs[i])
             differing.append(run.start + at)
+        for buffer in (ours, theirs):
+            spares.give(buffer)
         progress.read += length
         progress.data = max(progress.data, progress.read)
         if report is not None:

@@ -259,7 +259,7 @@ class FileStorage:
 
     def _pread(self, offset: int, length: int, size: int) -> Buffer:
         # `size` is that of the moment of asking: what others add since does not make this read a short one.
-        data = bytearray(length)
+        data = spares.take(length)
         view = memoryview(data)
         done = 0
         try:
@@ -269,7 +269,8 @@ class FileStorage:
                     if offset + done < size:
                         end = os.lseek(self._fd, 0, os.SEEK_END)
                         raise self._cut_short("read", offset, length, end, size)
-                    break  # past the end, where all is zero
+                    view[done:] = bytes(length - done)  # past the end, where all is zero
+                    break
                 done += count
         except OSError as error:
             raise self._failed(error, "read", offset, length) from error
