@@ -22,7 +22,7 @@ from fleecer.errors import FleecerError, IoError, LocalProtocolError, told
 from fleecer.export.export import Export
 from fleecer.net.stream import Stream
 from fleecer.ranges import Buffer, is_zero
-from fleecer.units import MiB
+from fleecer.units import KiB, MiB
 from fleecer.wire.nbd import Request, ServerCodec
 from fleecer.wire.nbd.constants import CMD_BLOCK_STATUS, CMD_READ, CMD_WRITE, EXTENT
 
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 IN_FLIGHT_MAX = 256
 IN_FLIGHT_BYTES_MAX = 32 * MiB
-QUEUED_BYTES_MAX = 8 * MiB
+QUEUED_BYTES_MAX = 1 * MiB
 STOP_GRACE_S = 1.0
 """How long a client that is sent away has to read its last replies."""
-_SEND_AT_BYTES = 1 * MiB  # replies gathered before they are sent although more requests are at hand
+_SEND_AT_BYTES = 256 * KiB  # replies gathered before they are sent although more requests are at hand
 
 _log = logging.getLogger(__name__)
 
