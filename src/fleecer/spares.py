@@ -16,6 +16,7 @@ Invariants:
 from __future__ import annotations
 
 import mmap
+from typing import TypeGuard
 
 from fleecer.ranges import Buffer
 from fleecer.units import KiB, MiB
@@ -61,9 +62,9 @@ def give(buffer: Buffer) -> None:
             _kept.clear()
         spares = _kept[length] = []
     if len(spares) * length < KEPT_MAX_BYTES:
-        spares.append(memoryview(buffer))
+        spares.append(buffer)
 
 
-def is_spare(buffer: Buffer) -> bool:
+def is_spare(buffer: Buffer) -> TypeGuard[memoryview]:
     """Whether `give` would keep it: it is all of what `take` once made."""
     return type(buffer) is memoryview and type(buffer.obj) is _Memory and len(buffer) == len(buffer.obj)

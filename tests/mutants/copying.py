@@ -25,10 +25,10 @@ MUTANTS = [
         "copy-not-waited-for",
         _COPIER,
         """
-            if under_way := [c for c in self._copies if c.start < end and first < c.end]:
+            if under_way := self._under_way(first, end):
 """,
         """
-            if (under_way := [c for c in self._copies if c.start < end and first < c.end]) and not mine:
+            if (under_way := self._under_way(first, end)) and not mine:
 """,
         "a change starts only when the old data is in a scratch",
     ),
@@ -36,10 +36,10 @@ MUTANTS = [
         "others-copy-not-waited-for",
         _COPIER,
         """
-            if under_way := [c for c in self._copies if c.start < end and first < c.end]:
+            if under_way := self._under_way(first, end):
 """,
         """
-            if under_way := [c for c in mine if c in self._copies and c.start < end and first < c.end]:
+            if under_way := [copy for copy in self._under_way(first, end) if copy in mine]:
 """,
         "a change waits for the copies of its clusters whoever started them",
     ),
@@ -47,14 +47,10 @@ MUTANTS = [
         "settled-while-being-copied",
         _COPIER,
         """
-        for copy in self._copies:
-            if copy.start < end and first < copy.end:
-                return True
-        for snapshot in self._snapshots:
-            if len""",
-        """
-        for snapshot in self._snapshots:
-            if len""",
+        if self._copies and self._under_way(first, end):
+            return True
+""",
+        "",
         "a cluster on its way to a scratch is not there yet",
     ),
     Mutant(
@@ -128,7 +124,7 @@ MUTANTS = [
                 if copy.error is not None and copy.fails_change:
                     raise copy.error
                 since_s = max(since_s, copy.done_at_s)
-            if under_way := [c for c in self._copies if c.start < end and first < c.end]:
+            if under_way := self._under_way(first, end):
                 now_s = loop.time()
                 self._look_for_late(under_way, since_s, now_s, offset, length)
                 if under_way[0] in self._copies:
@@ -149,7 +145,7 @@ MUTANTS = [
                 if copy.error is not None and copy.fails_change:
                     raise copy.error
                 since_s = max(since_s, copy.done_at_s)
-            if under_way := [c for c in self._copies if c.start < end and first < c.end]:
+            if under_way := self._under_way(first, end):
                 now_s = loop.time()
                 self._look_for_late(under_way, since_s, now_s, offset, length)
                 if under_way[0] in self._copies:

@@ -285,15 +285,18 @@ class Copier:
 
     def _is_busy(self, first: int, end: int) -> bool:
         """Whether any of these clusters is being copied, or read from the disk by a snapshot."""
-        for copy in self._copies:
-            if copy.start < end and first < copy.end:
-                return True
+        if self._copies and self._under_way(first, end):
+            return True
         for snapshot in self._snapshots:
             if len(snapshot.frozen):
                 start, length = first * self.cluster_size_bytes, (end - first) * self.cluster_size_bytes
                 if snapshot.frozen.overlaps(start, length):
                     return True
         return False
+
+    def _under_way(self, first: int, end: int) -> list[_Copy]:
+        """The copies of any of these clusters that have not ended."""
+        return [copy for copy in self._copies if copy.start < end and first < copy.end]
 
     def _copied_at_once(self, first: int, end: int) -> bool:
         newest = self._newest
@@ -337,7 +340,7 @@ class Copier:
                 if copy.error is not None and copy.fails_change:
                     raise copy.error
                 since_s = max(since_s, copy.done_at_s)
-            if under_way := [c for c in self._copies if c.start < end and first < c.end]:
+            if under_way := self._under_way(first, end):
                 now_s = loop.time()
                 self._look_for_late(under_way, since_s, now_s, offset, length)
                 if under_way[0] in self._copies:
@@ -557,8 +560,8 @@ class Copier:
 
     async def copies_ended(self, first: int, end: int) -> None:
         """Returns when no copy of these clusters is under way."""
-        while copy := next((c for c in self._copies if c.start < end and first < c.end), None):
-            await copy.ended()
+        while under_way := self._under_way(first, end):
+            await under_way[0].ended()
 
     def _readable(self) -> list[Snapshot]:
         return [s for s in self._snapshots if s.living and s.broken is None]

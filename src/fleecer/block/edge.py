@@ -102,7 +102,8 @@ class Edge:
             or length > node.limits.transfer_max_bytes
         ):
             return None
-        data = node.try_pread(offset, length)
+        read = node.reader()
+        data = read(offset, length) if read is not None else None
         if data is not None and node.check is not None:
             node.check()
         return data
@@ -121,7 +122,8 @@ class Edge:
             or length > node.limits.transfer_max_bytes
         ):
             return False
-        return node.try_pwrite(offset, data)
+        write = node.writer()
+        return write is not None and write(offset, data)
 
     def reader(self) -> ReadAtOnce | None:
         """As `try_pread`, for many requests in a row, which are inside the node and its limits; see `Node.reader`."""

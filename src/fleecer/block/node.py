@@ -35,7 +35,9 @@ ZERO = 2
 
 
 ReadAtOnce = Callable[[int, int], Buffer | None]
+"""As `Node.pread`, if that can be done at once; None, with nothing done, if it would have to wait."""
 WriteAtOnce = Callable[[int, Buffer], bool]
+"""As `Node.pwrite`, if that can be done at once; False, with nothing done, if it had to wait. A failure is raised."""
 
 
 class Extent(NamedTuple):
@@ -88,12 +90,11 @@ class Node(abc.ABC):
     __slots__ = ("check", "children", "limits", "name", "on_problem", "padding", "problem", "read_only", "size")
 
     def __init_subclass__(cls) -> None:
-        """Who overrides one of the ways to read, or to write, is not passed by on another that is inherited."""
+        """Who overrides `pread` or `pwrite` alone gets every request there, not what is done at once past them."""
         super().__init_subclass__()
-        for ways in (("pread", "try_pread", "reader"), ("pwrite", "try_pwrite", "writer")):
-            for index, way in enumerate(ways):
-                if way not in cls.__dict__ and any(other in cls.__dict__ for other in ways[:index]):
-                    setattr(cls, way, getattr(Node, way))
+        for operation, at_once in (("pread", "reader"), ("pwrite", "writer")):
+            if operation in cls.__dict__ and at_once not in cls.__dict__:
+                setattr(cls, at_once, getattr(Node, at_once))
 
     def __init__(self, name: str, size: int, *, limits: Limits, read_only: bool = False) -> None:
         self.name = name
@@ -112,27 +113,16 @@ class Node(abc.ABC):
 
     # What needs no wait is done without a coroutine: that is most requests, and half of what one costs.
 
-    def try_pread(self, offset: int, length: int) -> Buffer | None:
-        """As `pread`, if that can be done at once; None, with nothing done, if it would have to wait."""
-        return None
-
-    def try_pwrite(self, offset: int, data: Buffer) -> bool:
-        """As `pwrite`, not serialising, if that can be done at once; False, with nothing done, if it had to wait.
-
-        A failure is raised as by `pwrite`.
-        """
-        return False
-
     def reader(self) -> ReadAtOnce | None:
-        """What does `try_pread` from here, past nodes that only hand on; None where nothing can be had at once.
+        """What reads from here without a wait, past nodes that only hand on; None where nothing can be had at once.
 
         It is good for requests inside the node, until the caller gives way to the event loop or begins another request.
         """
-        return self.try_pread
+        return None
 
     def writer(self) -> WriteAtOnce | None:
-        """What does `try_pwrite` from here; see `reader`."""
-        return self.try_pwrite
+        """What writes from here without a wait, not serialising; see `reader`."""
+        return None
 
     @abc.abstractmethod
     async def pread(self, offset: int, length: int) -> Buffer:

@@ -131,13 +131,8 @@ class SocketStream(Stream):
             return
         taken = 0
         try:
-            for start in range(0, len(pieces), _PIECES_MAX):
-                batch = pieces[start : start + _PIECES_MAX] if len(pieces) > _PIECES_MAX else pieces
-                taken_now = sock.sendmsg(batch)
-                taken += taken_now
-                if taken < size and (batch is pieces or taken_now < sum(map(len, batch))):
-                    break
-            else:
+            taken = sock.sendmsg(pieces if len(pieces) <= _PIECES_MAX else pieces[:_PIECES_MAX])
+            if taken == size:
                 return
         except (BlockingIOError, InterruptedError):
             pass

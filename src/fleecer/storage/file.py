@@ -175,6 +175,7 @@ class FileStorage:
                 self._inline_read_flags = 0 if fallocate.is_in_memory(self._fd) else None
                 return self.try_pread(offset, length)
         # Not cached, only partly cached, past the end, or failing: the pool finds out which.
+        spares.give(data)
         return None
 
     def try_pwrite(self, offset: int, data: Buffer) -> bool:

@@ -139,7 +139,7 @@ async def test_bytes_that_do_not_read_back_fail_the_restore_and_leave_nothing(
         await real_pwrite(node, offset, changed, serialising)
 
     monkeypatch.setattr(FileNode, "pwrite", flipping)
-    monkeypatch.setattr(FileNode, "try_pwrite", Node.try_pwrite)
+    monkeypatch.setattr(FileNode, "writer", Node.writer)
     with pytest.raises(CorruptImage, match="reads back otherwise than it was written; do not use this image"):
         await images.restore(backup, str(tmp_path / f"new.{kind}"))
     assert os.listdir(tmp_path) == ["backup.raw"]
@@ -159,7 +159,7 @@ async def test_a_write_that_fails_leaves_nothing_and_an_existing_target_as_it_wa
         await real_pwrite(node, offset, data, serialising)
 
     monkeypatch.setattr(FileNode, "pwrite", filling)
-    monkeypatch.setattr(FileNode, "try_pwrite", Node.try_pwrite)
+    monkeypatch.setattr(FileNode, "writer", Node.writer)
     with pytest.raises(IoError, match="No space left on device"):
         await images.restore(backup, str(target), force=True)
     assert target.read_bytes() == b"old" * 512

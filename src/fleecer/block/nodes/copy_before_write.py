@@ -34,20 +34,12 @@ class CopyBeforeWriteNode(FilterNode):
         """Makes `children` name the disk and every scratch held: after each change of the copier's snapshots."""
         self.children = (self.child, *(snapshot.scratch for snapshot in self.copier.snapshots))
 
-    def try_pread(self, offset: int, length: int) -> Buffer | None:
-        """See `Node.try_pread`."""
-        return self.child.try_pread(offset, length)
-
-    def try_pwrite(self, offset: int, data: Buffer) -> bool:
-        """See `Node.try_pwrite`: what must be preserved first may have to wait."""
-        return self.copier.preserved_at_once(offset, len(data)) and self.child.try_pwrite(offset, data)
-
     def reader(self) -> ReadAtOnce | None:
         """See `Node.reader`."""
         return self.child.reader()
 
     def writer(self) -> WriteAtOnce | None:
-        """See `Node.writer`."""
+        """See `Node.writer`: what must be preserved first may have to wait."""
         write = self.child.writer()
         return functools.partial(self._write_at_once, write) if write is not None else None
 

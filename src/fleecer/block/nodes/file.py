@@ -19,7 +19,7 @@ import os
 
 from fleecer import eager
 from fleecer.block.inflight import InFlight
-from fleecer.block.node import HOLE, ZERO, Extent, Limits, Node, Problem, ReadAtOnce, merge_extents
+from fleecer.block.node import HOLE, ZERO, Extent, Limits, Node, Problem, ReadAtOnce, WriteAtOnce, merge_extents
 from fleecer.errors import IoError, UsageError, quoted, told
 from fleecer.ranges import Buffer
 from fleecer.storage.api import Storage
@@ -63,15 +63,21 @@ class FileNode(Node):
         self._syncing: asyncio.Task[None] | None = None
         self._poison: IoError | None = None
 
-    def try_pread(self, offset: int, length: int) -> Buffer | None:
-        """See `Node.try_pread`."""
+    def reader(self) -> ReadAtOnce | None:
+        """See `Node.reader`."""
+        return self._read_at_once if len(self._pooled) else self.storage.try_pread
+
+    def writer(self) -> WriteAtOnce | None:
+        """See `Node.writer`."""
+        return self._write_at_once
+
+    def _read_at_once(self, offset: int, length: int) -> Buffer | None:
         pooled = self._pooled
         if len(pooled) and pooled.overlaps(offset, length):
             return None
         return self.storage.try_pread(offset, length)
 
-    def try_pwrite(self, offset: int, data: Buffer) -> bool:
-        """See `Node.try_pwrite`."""
+    def _write_at_once(self, offset: int, data: Buffer) -> bool:
         pooled = self._pooled
         length = len(data)
         if len(pooled) and pooled.overlaps(offset, length):
@@ -87,10 +93,6 @@ class FileNode(Node):
                 self._changed(offset + length)
         return done
 
-    def reader(self) -> ReadAtOnce | None:
-        """See `Node.reader`."""
-        return self.try_pread if len(self._pooled) else self.storage.try_pread
-
     async def pread(self, offset: int, length: int) -> Buffer:
         """See `Node.pread`. Past the end of the file, up to the alignment, there are zeroes."""
         pooled = self._pooled
@@ -104,7 +106,7 @@ class FileNode(Node):
 
     async def pwrite(self, offset: int, data: Buffer, serialising: bool = False) -> None:
         """See `Node.pwrite`. Overlapping requests wait for each other where it matters, `serialising` or not."""
-        if serialising and self.try_pwrite(offset, data):
+        if serialising and self._write_at_once(offset, data):
             return
         pooled = self._pooled
         length = len(data)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from fleecer.block.node import ReadAtOnce, WriteAtOnce
 from fleecer.block.nodes.filter import FilterNode
-from fleecer.ranges import Buffer
 
 
 class RawNode(FilterNode):
@@ -13,14 +12,6 @@ class RawNode(FilterNode):
     driver = "raw"
 
     __slots__ = ()
-
-    def try_pread(self, offset: int, length: int) -> Buffer | None:
-        """See `Node.try_pread`."""
-        return self.child.try_pread(offset, length)
-
-    def try_pwrite(self, offset: int, data: Buffer) -> bool:
-        """See `Node.try_pwrite`."""
-        return self.child.try_pwrite(offset, data)
 
     def reader(self) -> ReadAtOnce | None:
         """See `Node.reader`."""

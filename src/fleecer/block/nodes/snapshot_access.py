@@ -16,7 +16,7 @@ from fleecer import spares
 from fleecer.block.copier import FREEZE_MAX_BYTES, Copier, Snapshot
 from fleecer.block.edge import Edge
 from fleecer.block.inflight import InFlight
-from fleecer.block.node import Extent, Limits, Node, merge_extents
+from fleecer.block.node import Extent, Limits, Node, ReadAtOnce, merge_extents
 from fleecer.errors import IoError
 from fleecer.ranges import Buffer, align_down, align_up
 
@@ -47,10 +47,11 @@ class SnapshotAccessNode(Node):
         # A discard and what reads its range wait for each other, lest a scratch is found emptied.
         self._in_flight = InFlight() if may_discard else None
 
-    def try_pread(self, offset: int, length: int) -> Buffer | None:
-        """See `Node.try_pread`. What is over at once needs no frozen range."""
-        if self._in_flight is not None:
-            return None
+    def reader(self) -> ReadAtOnce | None:
+        """See `Node.reader`. What is over at once needs no frozen range."""
+        return self._read_at_once if self._in_flight is None else None
+
+    def _read_at_once(self, offset: int, length: int) -> Buffer | None:
         holder, run = self._locate(offset, length)
         if run == length:
             return self._side(holder).try_pread(offset, length)
@@ -59,6 +60,7 @@ class SnapshotAccessNode(Node):
         while True:
             piece = self._side(holder).try_pread(offset + position, run)
             if piece is None:
+                spares.give(data)
                 return None
             data[position : position + run] = piece
             spares.give(piece)

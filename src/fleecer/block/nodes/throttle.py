@@ -28,10 +28,10 @@ class LeakyBucket:
         self._empty_at_s = 0.0
 
     def pour(self, amount: float, now_s: float) -> float:
-        """Takes a request of `amount` units in, and returns when, in seconds from now, it may start."""
-        wait_s = max(0.0, self._empty_at_s - self._burst_s - now_s)
+        """Takes a request of `amount` units in, and returns at what time it may start: `now_s`, or later."""
+        start_s = max(now_s, self._empty_at_s - self._burst_s)
         self._empty_at_s = max(self._empty_at_s, now_s) + amount / self._rate
-        return wait_s
+        return start_s
 
 
 class ThrottleNode(FilterNode):
@@ -80,10 +80,10 @@ class ThrottleNode(FilterNode):
 
     async def _pass(self, length: int) -> None:
         now_s = asyncio.get_running_loop().time()
-        wait_s = 0.0
+        start_s = now_s
         if self._bytes is not None:
-            wait_s = self._bytes.pour(length, now_s)
+            start_s = self._bytes.pour(length, now_s)
         if self._requests is not None:
-            wait_s = max(wait_s, self._requests.pour(1, now_s))
-        if wait_s > 0:
-            await asyncio.sleep(wait_s)
+            start_s = max(start_s, self._requests.pour(1, now_s))
+        if start_s > now_s:
+            await asyncio.sleep(start_s - now_s)

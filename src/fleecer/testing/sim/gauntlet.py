@@ -10,14 +10,15 @@ import itertools
 import signal
 from collections.abc import Callable, Iterable, Iterator
 
-from fleecer.testing.sim.cases import BATCH, Case, draw_crowd, run_batch, run_case
+from fleecer.testing.sim.cases import Case, draw_crowd, run_case, run_seed
 from fleecer.testing.sim.exhaust import cases, exhaust_case, longer_cases, worlds
 from fleecer.testing.sim.faultpoints import late_programs, programs, run_fault_points
 from fleecer.testing.sim.powercut import Workload, duets, judge_workload, workloads
 from fleecer.testing.sim.together import run_together
 
 _PAIRS_OF_DISKS = 20
-_BATCHES = 16
+_SEEDS = 1600
+_FIRST_SEEDS = 300
 _CROWDS = 400
 _DUETS_EVERY = 7
 _CUTS = 6
@@ -28,20 +29,22 @@ _PAIRS_EVERY = 5
 
 _LONGEST_S = 20.0
 """Of the processor, for one of the pieces that a search is made of. What takes longer goes round for ever."""
+_AGAIN_S = 1.0
+"""After that: what was stopped may be one of many, each of which goes round for ever."""
 
 
 def gauntlet() -> str:
     """Returns what the first failure was, "" if there was none. To be called in the main thread."""
     searches: list[Callable[[], Iterator[str]]] = [
-        _cut_together,
-        lambda: _wander(0, 3),
-        _crowd,
+        lambda: _play("two disks", range(_PAIRS_OF_DISKS), run_together),
+        lambda: _play("schedules", range(_FIRST_SEEDS), run_seed),
+        lambda: _play("crowds", range(_CROWDS), lambda seed: run_case(draw_crowd(seed, "raw"))),
         lambda: _cut(workloads(1)),
         lambda: _fail(late_programs(), 1),
         lambda: _fail(itertools.islice(programs(), _FAULT_PROGRAMS), _FAULTS_EVERY),
         lambda: _exhaust(longer_cases()),
         lambda: _cut(workload for workload in workloads(3) if workload.setting == "raw"),
-        lambda: _wander(3, _BATCHES),
+        lambda: _play("schedules", range(_FIRST_SEEDS, _SEEDS), run_seed),
         lambda: _cut(itertools.islice(duets(), 0, None, _DUETS_EVERY)),
         lambda: _exhaust(_pairs(("raw", "bare"), 1)),
         lambda: _exhaust(_pairs(("blocks", "qcow2", "overlay"), _PAIRS_EVERY)),
@@ -51,7 +54,7 @@ def gauntlet() -> str:
         for failure in itertools.chain.from_iterable(search() for search in searches):
             if failure:
                 return failure
-            signal.setitimer(signal.ITIMER_VIRTUAL, _LONGEST_S)
+            signal.setitimer(signal.ITIMER_VIRTUAL, _LONGEST_S, _AGAIN_S)
     except Exception as error:  # noqa: BLE001 - a search that cannot go on has found something
         return f"a search ended by {type(error).__name__}: {error}"
     finally:
@@ -64,12 +67,14 @@ def _too_long(_signal: int, _frame: object) -> None:
     raise TimeoutError(f"something goes round for ever: {_LONGEST_S:g} s")
 
 
-def _cut_together() -> Iterator[str]:
-    for seed in range(_PAIRS_OF_DISKS):
+def _play(what: str, seeds: Iterable[int], run: Callable[[int], object]) -> Iterator[str]:
+    for seed in seeds:
         try:
-            run_together(seed)
+            run(seed)
         except Exception as error:  # noqa: BLE001 - whatever it is, it is what is looked for
-            yield f"two disks, seed {seed}: {type(error).__name__}: {error}"
+            yield f"{what}, seed {seed}: {type(error).__name__}: {error}"
+        else:
+            yield ""
 
 
 def _pairs(formats: tuple[str, ...], every: int) -> Iterator[Case]:
@@ -94,17 +99,3 @@ def _fail(cases_: Iterable[Case], every: int) -> Iterator[str]:
     for case in cases_:
         runs = run_fault_points(case, every=every, failures_max=1)
         yield f"fault: {runs.failed[0]}" if runs.failed else ""
-
-
-def _crowd() -> Iterator[str]:
-    for seed in range(_CROWDS):
-        try:
-            run_case(draw_crowd(seed, "raw"))
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is what is looked for
-            yield f"crowd, seed {seed}: {type(error).__name__}: {error}"
-
-
-def _wander(first: int, end: int) -> Iterator[str]:
-    for batch in range(first, end):
-        failed = run_batch(batch * BATCH).failed
-        yield f"seed {failed[0][0]}: {failed[0][1]}" if failed else ""

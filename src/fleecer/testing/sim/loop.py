@@ -20,7 +20,8 @@ can be followed in another.
 
 What of asyncio's inside is used, on 3.11 to 3.13: `BaseEventLoop._ready` (deque of handles), `_scheduled` (heap of
 timer handles), `_timer_cancelled_count` and `_stopping`; `_run_once`, `_process_events`, `_write_to_self`
-overridden; `Handle._run`, `_cancelled`, `_callback`, `TimerHandle._when`, `_scheduled`.
+overridden; `Handle._run`, `_cancelled`, `_callback`, `TimerHandle._when`, `_scheduled`; `Task._log_traceback`,
+`_log_destroy_pending`.
 """
 
 # ruff: noqa: SLF001 - that is what this file is for
@@ -118,13 +119,14 @@ class SimLoop(asyncio.BaseEventLoop):
     _timer_cancelled_count: int
     _stopping: bool
 
-    def __init__(self, scheduler: Scheduler | None = None, *, steps_max: int = 1_000_000) -> None:
+    def __init__(self, scheduler: Scheduler | None = None, *, steps_max: int = 100_000) -> None:
         super().__init__()
         self.steps = 0
         self.unheard: list[str] = []
         self.scheduler: Scheduler = scheduler or Fifo()
         self._steps_max = steps_max
         self._now_s = 0.0
+        self._tasks: list[Any] = []
 
     def time(self) -> float:
         """Virtual seconds."""
@@ -138,6 +140,20 @@ class SimLoop(asyncio.BaseEventLoop):
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         """Keeps what nobody heard of, for `simulate` to raise."""
         self.unheard.append(f"{context.get('message')}: {context.get('exception')!r}")
+
+    def create_task(self, coro: Any, *, name: object = None, context: Any = None, **others: Any) -> Any:
+        """See asyncio."""
+        task = super().create_task(coro, name=name, context=context, **others)
+        self._tasks.append(task)
+        return task
+
+    def ask_tasks(self) -> None:
+        """Has what tasks failed with, and nobody asked for, in `unheard`: asyncio tells of it once it collects them."""
+        for task in self._tasks:
+            if task.done() and task._log_traceback:
+                failure = repr(task.exception())  # asked for herewith
+                self.unheard.append(f"task {task.get_name()} failed, and nobody asked: {failure}")
+        self._tasks.clear()
 
     def _process_events(self, event_list: object) -> None:
         pass
@@ -232,7 +248,7 @@ class NamedLoop(SimLoop):
     `order` lists what ran, by name, timers left out: they only tell when something becomes ready.
     """
 
-    def __init__(self, scheduler: Scheduler | None = None, *, steps_max: int = 1_000_000) -> None:
+    def __init__(self, scheduler: Scheduler | None = None, *, steps_max: int = 100_000) -> None:
         super().__init__(scheduler, steps_max=steps_max)
         self.driver: Driver | None = None
         self.current = "main"
@@ -340,7 +356,7 @@ def simulate(
     coroutine: Coroutine[Any, Any, T],
     scheduler: Scheduler | None = None,
     *,
-    steps_max: int = 1_000_000,
+    steps_max: int = 100_000,
     loop: SimLoop | None = None,
 ) -> T:
     """Runs `coroutine` on `loop`, by default a new `SimLoop`, and returns what it returns.
@@ -350,6 +366,7 @@ def simulate(
     loop = loop or SimLoop(scheduler, steps_max=steps_max)
     try:
         result = loop.run_until_complete(coroutine)
+        loop.ask_tasks()
     finally:
         _close(loop)
     if loop.unheard:

@@ -5,6 +5,7 @@ A schedule is told as what differs from first come, first served: at step N, the
 
 from __future__ import annotations
 
+import abc
 import contextlib
 import dataclasses
 import json
@@ -64,7 +65,7 @@ class _Told(list[str]):
         self._lines.append(f"{self._loop.current.split('.')[0]:>8}  {line}")
 
 
-class _Director:
+class _Director(abc.ABC):
     """A driver that notes which of its choices were not first come, first served, as `preemptions`."""
 
     def __init__(self) -> None:
@@ -79,14 +80,17 @@ class _Director:
             self.preemptions[self._step] = index
         return index
 
+    @abc.abstractmethod
     def _pick(self, names: list[str]) -> int:
-        raise NotImplementedError
+        """The index of what is to run."""
 
     def stepped(self) -> None:
         """See `Driver.stepped`."""
+        return
 
     def over(self) -> None:
         """See `Driver.over`."""
+        return
 
 
 class Script(_Director):

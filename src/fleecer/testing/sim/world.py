@@ -18,7 +18,7 @@ from fleecer.block.copier import OnError, Snapshot
 from fleecer.block.edge import Edge
 from fleecer.block.fleecing import Fleece, Plan, cut, uncut
 from fleecer.block.graph import SNAPSHOT_ROLE, Graph
-from fleecer.block.node import HOLE, ZERO, Extent, Limits, Node, merge_extents
+from fleecer.block.node import HOLE, ZERO, Extent, Limits, Node, ReadAtOnce, WriteAtOnce, merge_extents
 from fleecer.block.nodes.file import FileNode
 from fleecer.block.nodes.nbd import NbdNode
 from fleecer.block.nodes.qcow2 import check_qcow2, open_qcow2, read_header
@@ -460,13 +460,13 @@ class BareNode(Node):
         self._poison: FleecerError | None = None
         self._storage = storage
 
-    def try_pread(self, offset: int, length: int) -> Buffer | None:
-        """See `Node.try_pread`."""
-        return self._storage.try_pread(offset, length)
+    def reader(self) -> ReadAtOnce | None:
+        """See `Node.reader`."""
+        return self._storage.try_pread
 
-    def try_pwrite(self, offset: int, data: Buffer) -> bool:
-        """See `Node.try_pwrite`."""
-        return self._storage.try_pwrite(offset, data)
+    def writer(self) -> WriteAtOnce | None:
+        """See `Node.writer`."""
+        return self._storage.try_pwrite
 
     async def pread(self, offset: int, length: int) -> Buffer:
         """See `Node.pread`."""

@@ -108,14 +108,15 @@ async def test_zero_and_discard_keep_overlapping_requests_waiting(change: str) -
 async def test_requests_on_other_ranges_run_inline_beside_one_that_waits() -> None:
     storage = HalfInline(8192)
     node = FileNode("disk0", storage)
+    door = Edge(node, "test", "file", writable=True)
     storage.reads_inline = False
     read = asyncio.create_task(node.pread(0, 4096))
     await turns(2)
-    assert node.try_pwrite(4096, b"n")
+    assert door.try_pwrite(4096, b"n")
     storage.reads_inline = True
-    assert node.try_pread(4096, 4096) is not None
-    assert node.try_pread(0, 4096) is None, "that range is claimed by a thread"
-    assert not node.try_pwrite(4095, b"nn"), "and so is a part of this one"
+    assert door.try_pread(4096, 4096) is not None
+    assert door.try_pread(0, 4096) is None, "that range is claimed by a thread"
+    assert not door.try_pwrite(4095, b"nn"), "and so is a part of this one"
     assert not read.done()
     await read
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from tests.qcow2_world import HeldStorage, checked, guest, new_image, open_image, settle
 
-from fleecer.block.node import HOLE, ZERO, Extent
+from fleecer.block.node import HOLE, ZERO, Extent, ReadAtOnce
 from fleecer.block.nodes.file import FileNode
 from fleecer.block.nodes.qcow2 import Qcow2Node
 from fleecer.errors import CorruptImage, FleecerError, IoError
@@ -229,14 +229,20 @@ async def test_a_read_of_an_allocated_cluster_hands_on_what_the_file_gave(monkey
     node = await open_image(await new_image(4 * CLUSTER))
     await guest(node).pwrite(0, OLD)
     given: list[object] = []
-    read = FileNode.try_pread
+    reader = FileNode.reader
 
-    def spied(self: FileNode, offset: int, length: int) -> Buffer | None:
-        given.append(data := read(self, offset, length))
-        return data
+    def spied(self: FileNode) -> ReadAtOnce:
+        read = reader(self)
+        assert read is not None
 
-    monkeypatch.setattr(FileNode, "try_pread", spied)
-    assert node.try_pread(4096, 4096) is given[-1]
+        def spy(offset: int, length: int) -> Buffer | None:
+            given.append(data := read(offset, length))
+            return data
+
+        return spy
+
+    monkeypatch.setattr(FileNode, "reader", spied)
+    assert guest(node).try_pread(4096, 4096) is given[-1]
     assert await node.pread(4096, 4096) is given[-1]
 
 

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 from tests.qcow2_world import checked, guest, new_image, open_image
+from tests.sim.breaks import BREAKS
 
 from fleecer.block.edge import Edge
 from fleecer.block.nodes.qcow2 import commit
-from fleecer.block.nodes.qcow2.allocator import Allocator
 from fleecer.block.nodes.qcow2.commit import Committer
 from fleecer.formats.qcow2.header import DIRTY, INCOMPATIBLE_FIELD
 from fleecer.ranges import Buffer
@@ -346,14 +346,6 @@ async def test_a_commit_in_a_wrong_order_is_found_out(
 
 
 async def test_using_a_freed_cluster_before_the_commit_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    def free_at_once(self: Allocator, offset: int, count: int = 1) -> None:
-        for cluster in range(offset >> self._bits, (offset >> self._bits) + count):
-            slice_ = self._cached(cluster)
-            assert slice_ is not None
-            self._width.put(slice_.data, cluster % self._per_slice, 0)
-            self.cache.mark_dirty(slice_)
-            self._cursor = min(self._cursor, cluster)
-
-    monkeypatch.setattr(Allocator, "free", free_at_once)
+    BREAKS["freed clusters are used at once"](monkeypatch)
     with pytest.raises(AssertionError, match=r"refcount|neither"):
         await explore("small clusters")

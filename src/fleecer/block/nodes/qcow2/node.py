@@ -139,21 +139,13 @@ class Qcow2Node(Node):
 
     # The six operations.
 
-    def try_pread(self, offset: int, length: int) -> Buffer | None:
-        """See `Node.try_pread`: within one ordinary cluster whose slice is in memory, and which nobody changes."""
-        return self._read_at_once(self._file.try_pread, offset, length)
-
-    def try_pwrite(self, offset: int, data: Buffer) -> bool:
-        """See `Node.try_pwrite`: in one cluster that is ours alone, whose slice is in memory, which nobody changes."""
-        return self._write_at_once(self._file.try_pwrite, offset, data)
-
     def reader(self) -> ReadAtOnce | None:
-        """See `Node.reader`."""
+        """See `Node.reader`: within one ordinary cluster whose slice is in memory, and which nobody changes."""
         read = self._file.reader()
         return functools.partial(self._read_at_once, read) if read is not None else None
 
     def writer(self) -> WriteAtOnce | None:
-        """See `Node.writer`."""
+        """See `Node.writer`: in one cluster that is ours alone, whose slice is in memory, which nobody changes."""
         write = self._file.writer() if self._image.accepts_writes else None
         return functools.partial(self._write_at_once, write) if write is not None else None
 
