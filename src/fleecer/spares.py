@@ -29,6 +29,8 @@ LENGTHS_MAX = 4
 KEPT_MAX_BYTES = 8 * MiB
 """Of each length. Clients that are in a hurry use one or two lengths."""
 
+Memory = mmap.mmap
+
 _PRIVATE = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
 
 
@@ -39,12 +41,17 @@ class _Memory(mmap.mmap):
 _kept: dict[int, list[memoryview]] = {}
 
 
+def memory(length: int) -> Memory:
+    """Zeroes, of which a page costs nothing until it is used: for connections, most of which send little."""
+    return mmap.mmap(-1, length, _PRIVATE)
+
+
 def take(length: int) -> bytearray | memoryview:
     """`length` bytes; what they are is left from before, so whoever takes them writes them all."""
     if length < LENGTH_MIN:
         return bytearray(length)
     if length > LENGTH_MAX:
-        return memoryview(mmap.mmap(-1, length, _PRIVATE))
+        return memoryview(memory(length))
     try:
         return _kept[length].pop()
     except (KeyError, IndexError):

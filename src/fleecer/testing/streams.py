@@ -27,6 +27,7 @@ class _Pipe:
     def __init__(self, room: int) -> None:
         self.held = bytearray()
         self.room = room
+        self.wanted = False  # whether the writer waits for room
         self.writer_gone = False
         self.reset = False  # the writer left something unread in the other direction
         self.reader_gone = False
@@ -106,6 +107,7 @@ class MemoryStream(Stream):
             self.queued_bytes -= taken
             if taken < len(piece):
                 self._queue.appendleft(piece[taken:])
+        pipe.wanted = bool(self._queue)
         pipe.on_change()
 
     def _have_room(self) -> None:
@@ -138,7 +140,8 @@ class MemoryStream(Stream):
             room[:count] = pipe.held[:count]
             del pipe.held[:count]
             pipe.room += count
-            self._loop.call_soon(pipe.on_room)
+            if pipe.wanted:
+                self._loop.call_soon(pipe.on_room)
             receiver.received(count)
         if pipe.held:
             self._deliver_soon()

@@ -168,7 +168,7 @@ def start_actors(actors: Actors) -> list[asyncio.Task[None]]:
 
 async def _prepare(case: Case, trace: list[str] | None, medium: Medium | None) -> World:
     if medium is None:
-        medium = prompt(case.inline) if case.prompt else Medium(inline=case.inline)
+        medium = prompt() if case.prompt else Medium()
     world = await make_world(
         random.Random(case.seed),
         format=case.format,
@@ -177,6 +177,7 @@ async def _prepare(case: Case, trace: list[str] | None, medium: Medium | None) -
         over_nbd=case.over_nbd,
         trace=trace,
     )
+    world.do_at_once(1.0)  # until the actors come: how the disk came to be is not what is searched
     world.copy_timeout_s = case.copy_timeout_s
     world.on_error = case.on_error
     filled = min(case.filled, world.history.sectors) if case.filled >= 0 else world.history.sectors
@@ -184,6 +185,7 @@ async def _prepare(case: Case, trace: list[str] | None, medium: Medium | None) -
         await world.write(0, filled)
     for scheme in case.held:
         await (world.take if scheme == "access" else world.fleece)()
+    world.do_at_once(case.inline)
     return world
 
 

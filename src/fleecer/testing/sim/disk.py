@@ -170,7 +170,7 @@ class SimDisk:
         self._trace = trace
         self._tearing = tearing
         self._tear_bytes = tear_bytes
-        self._inline = inline
+        self.inline = inline
         self._breakpoints: dict[str, Breakpoint] = {}
 
     @property
@@ -315,7 +315,7 @@ class SimDisk:
 
     def _is_inline(self, operation: str) -> bool:
         """Whether the request submitted now is done at once. One that is to fail is not."""
-        if not self._inline or self._generator.random() >= self._inline:
+        if not self.inline or self._generator.random() >= self.inline:
             return False
         return self.faults is None or self.faults.spares(operation)
 

@@ -153,7 +153,10 @@ class SimLoop(asyncio.BaseEventLoop):
             if task.done() and task._log_traceback:
                 failure = repr(task.exception())  # asked for herewith
                 self.unheard.append(f"task {task.get_name()} failed, and nobody asked: {failure}")
-        self._tasks.clear()
+
+    def unfinished(self) -> list[Any]:
+        """The tasks that have not ended."""
+        return [task for task in self._tasks if not task.done()]
 
     def _process_events(self, event_list: object) -> None:
         pass
@@ -188,9 +191,10 @@ class SimLoop(asyncio.BaseEventLoop):
 
     def _run_once(self) -> None:
         """Runs one step after the other until the loop is to stop."""
-        ready = self._ready
+        ready, timers = self._ready, self._scheduled
         while not self._stopping:
-            self._collect_timers()
+            if timers or not ready:
+                self._collect_timers()
             if not ready:
                 raise Stuck("nothing is ready and no timer is set")
             self.steps += 1
@@ -215,15 +219,14 @@ class SimLoop(asyncio.BaseEventLoop):
     def _next(self) -> Any:
         """Takes out what runs now."""
         ready = self._ready
-        return _take(ready, self.scheduler.choose(ready, self.steps) if len(ready) > 1 else 0)
+        index = self.scheduler.choose(ready, self.steps) if len(ready) > 1 else 0
+        return _take(ready, index) if index else ready.popleft()
 
     def _perform(self, handle: Any) -> None:
         handle._run()
 
 
 def _take(ready: deque[Any], index: int) -> Any:
-    if not index:
-        return ready.popleft()
     handle = ready[index]
     del ready[index]
     return handle
@@ -378,7 +381,7 @@ def _close(loop: SimLoop) -> None:
     """Ends the loop. What is unfinished is closed while the loop still takes what its `finally` clauses give it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", RuntimeWarning)  # what a task never began to await
-        unfinished: list[Any] = list(asyncio.all_tasks(loop))
+        unfinished = loop.unfinished()
         while unfinished:
             task = unfinished.pop()
             task._log_destroy_pending = False  # they are dropped on purpose
@@ -393,5 +396,6 @@ def _close(loop: SimLoop) -> None:
             del task, coroutine, frame, given
         loop._ready.clear()
         loop._scheduled.clear()
+        loop._tasks.clear()
         loop.close()
         eager.forget(loop)

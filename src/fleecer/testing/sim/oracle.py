@@ -122,19 +122,16 @@ class History:
         """Raises Violation unless the disk may read as `data` after a power cut at that moment of `clock`."""
         for sector, found in _stamps(0, data):
             begun = [change for change in self._of[sector] if change.begun_at <= moment]
-            durable = [c for c in begun if not c.keeps and c.durable_at is not None and c.durable_at <= moment]
-            allowed = {
-                change.number
-                for change in begun
-                if change.ended is None or not any(other.began > change.ended for other in durable)
-            }
+            durable = _last_begun(c for c in begun if c.durable_at is not None and c.durable_at <= moment)
+            allowed = {c.number for c in begun if c.ended is None or c.ended >= durable}
             if found not in allowed:
                 raise Violation(f"sector {sector} reads as write {found} after a cut; allowed: {sorted(allowed)}")
 
     def allowed(self, sector: int, began: int) -> set[int]:
         """What a read of the sector may give that was called at `began` and returns now."""
         changes = self._of[sector]
-        return {c.number for c in changes if not self._replaced(c, changes, began)}
+        over = _last_begun(c for c in changes if c.ended is not None and c.ended < began)
+        return {c.number for c in changes if c.ended is None or c.ended >= over}
 
     def check_read(self, offset: int, data: bytes, began: int) -> None:
         """Raises Violation unless a read of the disk, called at `began`, may have given `data`."""
@@ -149,25 +146,18 @@ class History:
         A change that was called and has not returned is held back somewhere above, and not part of it; but where it
         lingers, or with `answers_on_the_way`, it may be done, and only its answer not here yet.
         """
-        now = self.tick()
-        return [
-            {
-                c.number
-                for c in changes
-                if (c.ended is not None or c.failed or c.lingers or answers_on_the_way)
-                and not self._replaced(c, changes, now)
-            }
-            for changes in self._of
-        ]
-
-    @staticmethod
-    def _replaced(change: Change, changes: Iterable[Change], before: int) -> bool:
-        """Whether another change certainly came after it, and was over at `before`."""
-        ended = change.ended
-        return ended is not None and any(
-            not other.keeps and other.began > ended and other.ended is not None and other.ended < before
-            for other in changes
-        )
+        self.tick()
+        image = []
+        for changes in self._of:
+            over = _last_begun(c for c in changes if c.ended is not None)
+            image.append(
+                {
+                    c.number
+                    for c in changes
+                    if (c.failed or c.lingers or answers_on_the_way if c.ended is None else c.ended >= over)
+                }
+            )
+        return image
 
 
 class SnapshotOracle:
@@ -192,6 +182,11 @@ class SnapshotOracle:
             allowed = sorted(self._image[sector])
             raise Violation(f"snapshot {self.name}: sector {sector} {how} {found}; at its instant it was {allowed}")
         self._image[sector] = {found}
+
+
+def _last_begun(changes: Iterable[Change]) -> int:
+    """When the last of those was called that certainly replace what was there: all that ended before is gone."""
+    return max((c.began for c in changes if not c.keeps), default=0)
 
 
 def _stamps(offset: int, data: bytes) -> Iterable[tuple[int, int]]:

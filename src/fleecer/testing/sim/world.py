@@ -83,6 +83,7 @@ class World:
         self.slowest_s = 0.0  # the longest that a guest's request took
         self.records = medium.record
         self._medium = medium
+        self._inline = medium.inline
         self._trace = trace
         self._serial = 0
 
@@ -90,6 +91,12 @@ class World:
         """Adds a line to the story."""
         if self._trace is not None:
             self._trace.append(line)
+
+    def do_at_once(self, inline: float) -> None:
+        """From now on this part of the requests is done at once, on every disk there is and will be."""
+        self._inline = inline
+        for disk in self.disks:
+            disk.inline = inline
 
     def disk(
         self,
@@ -112,7 +119,7 @@ class World:
             tearing=medium.tearing,
             tear_bytes=tear_bytes,
             alignment_bytes=alignment_bytes,
-            inline=medium.inline,
+            inline=self._inline,
             trace=self._trace.append if self._trace is not None else None,
         )
         self.disks.append(disk)
@@ -387,6 +394,7 @@ class World:
     async def finish(self) -> None:
         """Reads everything once more, ends the snapshots, and checks that nothing failed for nothing, or is left."""
         sectors = self.history.sectors
+        self.do_at_once(1.0)  # what is left has no order of its own to be searched
         await self.read(0, sectors)
         for held in list(self.held):
             await self.read_snapshot(held, 0, sectors)
@@ -441,7 +449,7 @@ class World:
                 raise Violation(f"closing failed: {error}") from error
 
     async def _check_image(self) -> None:
-        storage = SimDisk(bytes(self.image.data), self.generator, name="checked", latency=lambda: 0.0)
+        storage = SimDisk(bytes(self.image.data), self.generator, name="checked", latency=lambda: 0.0, inline=1.0)
         file = Edge(FileNode("checked", storage), "check", "file")
         report = await check_qcow2(file, "checked")
         if report.corruptions or (report.leaks and not self.failed()):

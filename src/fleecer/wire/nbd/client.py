@@ -313,7 +313,7 @@ class ClientCodec(ClientHandshake):
         _cover(reply, offset, size)
         if after <= self._end:
             if size == reply.length:
-                reply.data = self._buffer[data_start:after]
+                reply.data = bytearray(self._view[data_start:after])
             else:
                 _room(reply)[offset - reply.offset : offset - reply.offset + size] = self._view[data_start:after]
             self._start = after

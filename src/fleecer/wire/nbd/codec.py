@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import TypeVar
 
+from fleecer import spares
 from fleecer.errors import FleecerError
 from fleecer.ranges import Buffer
 from fleecer.units import KiB
@@ -42,7 +43,7 @@ class Codec:
         self.outgoing: list[Buffer] = []
         self.finished = False
         self.failure: FleecerError | None = None
-        self._buffer = bytearray(HANDSHAKE_BUFFER_BYTES)
+        self._buffer: bytearray | spares.Memory = bytearray(HANDSHAKE_BUFFER_BYTES)  # a slice of it is a copy
         self._view = memoryview(self._buffer)
         self._start = 0  # first byte not yet parsed; 0 between calls
         self._end = 0  # end of the bytes received
@@ -84,7 +85,7 @@ class Codec:
         self._start, self._end = 0, left
 
     def _enlarge(self, size: int) -> None:
-        buffer = bytearray(size)
+        buffer = spares.memory(size)
         buffer[: self._end] = self._view[: self._end]
         self._buffer = buffer
         self._view = memoryview(buffer)
