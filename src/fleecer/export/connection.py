@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 IN_FLIGHT_MAX = 256
 IN_FLIGHT_BYTES_MAX = 32 * MiB
-QUEUED_BYTES_MAX = 1 * MiB
+QUEUED_BYTES_MAX = 256 * KiB
 STOP_GRACE_S = 1.0
 """How long a client that is sent away has to read its last replies."""
 _SEND_AT_BYTES = 256 * KiB  # replies gathered before they are sent although more requests are at hand

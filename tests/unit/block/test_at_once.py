@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import random
+import subprocess
+from pathlib import Path
 
 import pytest
 from tests.fleecing_world import CLUSTER, World
@@ -10,8 +13,9 @@ from tests.qcow2_world import guest, new_image, open_image
 
 from fleecer.block.edge import Edge
 from fleecer.block.nodes.raw import RawNode
+from fleecer.formats.qcow2.tables import COPIED
 from fleecer.ranges import Buffer
-from fleecer.testing.memory import MemoryNode
+from fleecer.testing.memory import MemoryNode, MemoryStorage
 from fleecer.units import KiB, MiB
 
 
@@ -91,3 +95,64 @@ async def test_no_cluster_is_read_or_written_at_once_while_somebody_has_it_alone
     shared = node._in_flight.enter(0, 64 * KiB)
     assert edge.try_pread(0, 1) == b"y", "a claim that is shared holds nobody up"
     node._in_flight.leave(shared)
+
+
+async def test_a_read_at_once_puts_together_what_lies_in_several_places() -> None:
+    cluster, size = 64 * KiB, MiB
+    generator = random.Random(1)
+    backing = MemoryStorage(generator.randbytes(size - 3 * cluster))
+    node = await open_image(await new_image(size, cluster_size=cluster), backing=backing)
+    edge = guest(node)
+    for number in (5, 2, 9, 3, 4):
+        await edge.pwrite(number * cluster, generator.randbytes(cluster))
+    await edge.zero(7 * cluster, 2 * cluster)
+    end_of_backing = size - 3 * cluster
+    for _ in range(300):
+        offset = generator.randrange(size)
+        length = generator.randint(1, size - offset)
+        data = edge.try_pread(offset, length)
+        if data is None:  # what lies past the end of the backing file is for `pread`
+            assert offset + length > end_of_backing
+        else:
+            assert data == await edge.pread(offset, length)
+    assert edge.try_pread(0, end_of_backing) is not None
+
+
+@pytest.mark.peer
+async def test_what_is_packed_or_not_in_memory_is_not_read_at_once(tmp_path: Path) -> None:
+    raw, packed = tmp_path / "raw", tmp_path / "packed.qcow2"
+    raw.write_bytes(b"x" * 256 * KiB)
+    subprocess.run(["qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", raw, packed], check=True)
+    edge = guest(await open_image(MemoryStorage(packed.read_bytes())))
+    assert edge.try_pread(0, 128 * KiB) is None, "the table is not in memory yet"
+    assert await edge.pread(0, 128 * KiB) == b"x" * 128 * KiB
+    assert edge.try_pread(0, 128 * KiB) is None, "unpacking takes its time"
+
+
+async def test_nothing_of_a_range_is_done_at_once_while_somebody_has_a_part_of_it_alone() -> None:
+    node = await open_image(await new_image(MiB))
+    edge = guest(node)
+    await edge.pwrite(0, b"x" * 256 * KiB)
+    claim = node._in_flight.enter(128 * KiB, 64 * KiB, serialising=True)
+    assert edge.try_pread(0, 256 * KiB) is None
+    assert not edge.try_pwrite(0, b"z" * 256 * KiB)
+    assert edge.try_pread(0, 128 * KiB) == b"x" * 128 * KiB
+    assert edge.try_pwrite(1, b"y" * (128 * KiB - 1))
+    node._in_flight.leave(claim)
+    assert edge.try_pread(0, 256 * KiB) == b"x" + b"y" * (128 * KiB - 1) + b"x" * 128 * KiB
+    assert edge.try_pwrite(0, b"z" * 256 * KiB)
+
+
+async def test_a_write_at_once_needs_all_its_clusters_in_a_row_and_its_own() -> None:
+    cluster = 64 * KiB
+    node = await open_image(await new_image(MiB))
+    edge = guest(node)
+    for number in (0, 1, 3, 2):
+        await edge.pwrite(number * cluster, b"x" * cluster)
+    before = bytes(await edge.pread(0, MiB))
+    assert not edge.try_pwrite(cluster, b"y" * 2 * cluster), "the second lies elsewhere"
+    assert not edge.try_pwrite(3 * cluster, b"y" * 2 * cluster), "the second has no place yet"
+    assert await edge.pread(0, MiB) == before
+    node._image.metadata.add(node._slices[next(iter(node._slices))].data[1] & ~COPIED)
+    assert not edge.try_pwrite(0, b"y" * 2 * cluster), "where metadata is"
+    assert await edge.pread(0, MiB) == before

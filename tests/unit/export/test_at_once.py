@@ -15,6 +15,7 @@ from fleecer import spares
 from fleecer.block.edge import Edge
 from fleecer.block.nodes.file import FileNode
 from fleecer.export import Export, Server
+from fleecer.export.connection import QUEUED_BYTES_MAX
 from fleecer.net.stream import SocketStream
 from fleecer.ranges import Buffer
 from fleecer.storage.file import open_file
@@ -132,7 +133,7 @@ async def test_a_buffer_is_used_again_once_it_is_taken_though_others_are_still_q
     async with asyncio.timeout(30):
         for _ in range(40):
             # A little is read, and more asked for, so that the queue does not run empty.
-            while server_end.stream.queued_bytes < 2 * BLOCK:
+            while server_end.stream.queued_bytes <= QUEUED_BYTES_MAX:
                 client.codec.read(BLOCK * (1 + asked % 8), BLOCK)
                 asked += 1
                 client.send()

@@ -45,9 +45,17 @@ class Setting(NamedTuple):
 
 def unix_pair() -> Pair:
     left, right = socket.socketpair()
+    streams = SocketStream(left, "right"), SocketStream(right, "left")
     for end in (left, right):
         end.setblocking(False)
         end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 16 * KiB)
+    return streams
+
+
+def wide_unix_pair() -> Pair:
+    left, right = socket.socketpair()
+    for end in (left, right):
+        end.setblocking(False)
     return SocketStream(left, "right"), SocketStream(right, "left")
 
 
@@ -64,6 +72,8 @@ def tcp_pair() -> Pair:
 SETTINGS = {
     "unix on asyncio": Setting(asyncio.new_event_loop, unix_pair),
     "unix on uvloop": Setting(uvloop.new_event_loop, unix_pair),
+    "wide unix on asyncio": Setting(asyncio.new_event_loop, wide_unix_pair),
+    "wide unix on uvloop": Setting(uvloop.new_event_loop, wide_unix_pair),
     "TCP on asyncio": Setting(asyncio.new_event_loop, tcp_pair),
     "TCP on uvloop": Setting(uvloop.new_event_loop, tcp_pair),
     "memory": Setting(asyncio.new_event_loop, memory_streams),

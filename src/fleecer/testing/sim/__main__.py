@@ -57,6 +57,13 @@ def main(words: list[str] | None = None) -> int:
     chosen.add_argument("--replay", metavar="FILE", help="run every line of a corpus")
     options = parser.parse_args(words)
     logging.disable(logging.WARNING)  # what is given up is warned of, and here much is
+    try:
+        return _carry_out(options)
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _carry_out(options: argparse.Namespace) -> int:
     if options.seed is not None:
         return _tell(options.seed)
     if options.exhaust is not None:

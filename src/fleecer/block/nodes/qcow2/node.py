@@ -17,6 +17,7 @@ import asyncio
 import functools
 from array import array
 
+from fleecer import spares
 from fleecer.block.edge import Edge
 from fleecer.block.inflight import InFlight
 from fleecer.block.node import HOLE, ZERO, Extent, Limits, Node, Problem, ReadAtOnce, WriteAtOnce, merge_extents
@@ -46,6 +47,8 @@ SLICE_BYTES_MAX = 4096
 STATUS_EXTENTS_MAX = 4096
 STATUS_ENTRIES_MAX = 32768
 _SLICES_BETWEEN_TURNS = 64
+_AT_ONCE_MAX_BYTES = 1 * MiB
+"""What is put together from several places without a turn of the loop."""
 _PIECE_MAX_BYTES = 1 * MiB
 """Zeroes are written out in pieces of this size, with a turn of the loop between: one request may span terabytes."""
 _OTHER_BITS = COPIED - 1
@@ -140,12 +143,12 @@ class Qcow2Node(Node):
     # The six operations.
 
     def reader(self) -> ReadAtOnce | None:
-        """See `Node.reader`: within one ordinary cluster whose slice is in memory, and which nobody changes."""
+        """See `Node.reader`: where the slices are in memory, nobody changes the range, and nothing is compressed."""
         read = self._file.reader()
         return functools.partial(self._read_at_once, read) if read is not None else None
 
     def writer(self) -> WriteAtOnce | None:
-        """See `Node.writer`: in one cluster that is ours alone, whose slice is in memory, which nobody changes."""
+        """See `Node.writer`: in clusters in a row that are ours alone, their slice in memory, which nobody changes."""
         write = self._file.writer() if self._image.accepts_writes else None
         return functools.partial(self._write_at_once, write) if write is not None else None
 
@@ -154,20 +157,61 @@ class Qcow2Node(Node):
         cluster = offset >> bits
         table = self._l1[cluster >> self._l2_bits] & _OTHER_BITS
         slice_ = self._slices.get(table + (cluster << 3 & self._slice_start_mask))
-        if slice_ is None:
-            return None
-        slice_.used = True
         inner = offset & self._offset_in_cluster
-        host = slice_.data[cluster & self._slice_mask] & _OTHER_BITS
-        if (
-            not host
-            or (host | table) & self._odd_bits
-            or inner + length > self._cluster_size
-            or (host + inner + length > self._file_end and not self._is_in_file(host + inner + length))
-            or self._in_flight.would_wait(cluster << bits, self._cluster_size)
-        ):
+        if slice_ is not None and inner + length <= self._cluster_size:
+            slice_.used = True
+            host = slice_.data[cluster & self._slice_mask] & _OTHER_BITS
+            end = host + inner + length
+            if host and not (host | table) & self._odd_bits and (end <= self._file_end or self._is_in_file(end)):
+                waits = self._in_flight.would_wait(cluster << bits, self._cluster_size)
+                return read(host + inner, length) if not waits else None
+        return self._read_parts_at_once(read, offset, length)
+
+    def _read_parts_at_once(self, read: ReadAtOnce, offset: int, length: int) -> Buffer | None:
+        """As `_read`, with nothing done where anything of it has to wait."""
+        start, stop, _ = self._claim_bounds(offset, length)
+        if length > _AT_ONCE_MAX_BYTES or self._in_flight.would_wait(start, stop - start):
             return None
-        return read(host + inner, length)
+        plans = self._plan_at_once(offset, length)
+        if plans is None:
+            return None
+        if len(plans) == 1:
+            return self._carry_out_at_once(read, plans[0], offset)
+        data = spares.take(length)
+        at = 0
+        for plan in plans:
+            part = self._carry_out_at_once(read, plan, offset + at)
+            if part is None:
+                spares.give(data)
+                return None
+            data[at : at + plan.length] = part
+            spares.give(part)
+            at += plan.length
+        return data
+
+    def _plan_at_once(self, offset: int, length: int) -> list[Plan] | None:
+        """As `_plan`; None where a slice is not in memory."""
+        plans: list[Plan] = []
+        end = offset + length
+        while offset < end:
+            cluster = offset >> self._cluster_bits
+            index = cluster >> self._l2_bits
+            slice_ = None
+            if table := self._image.mapping.table_offset(self._l1[index], index, self._file.size):
+                slice_ = self._slices.get(table + (cluster << 3 & self._slice_start_mask))
+                if slice_ is None:
+                    return None
+                slice_.used = True
+            offset = self._plan_part(plans, slice_, offset, end)
+        return plans
+
+    def _carry_out_at_once(self, read: ReadAtOnce, plan: Plan, offset: int) -> Buffer | None:
+        if isinstance(plan, Data):
+            end = plan.host_offset + plan.length
+            return read(plan.host_offset, plan.length) if end <= self._file_end else None
+        if isinstance(plan, Backing) and self._backing is not None:
+            return self._backing.try_pread(offset, plan.length)
+        return None if isinstance(plan, Compressed) else zeroes(plan.length)
 
     def _write_at_once(self, write: WriteAtOnce, offset: int, data: Buffer) -> bool:
         image, bits = self._image, self._cluster_bits
@@ -175,9 +219,11 @@ class Qcow2Node(Node):
         table = self._l1[cluster >> self._l2_bits] & _OTHER_BITS
         slice_ = self._slices.get(table + (cluster << 3 & self._slice_start_mask))
         inner = offset & self._offset_in_cluster
-        if slice_ is None or not image.accepts_writes or inner + len(data) > self._cluster_size:
+        if slice_ is None or not image.accepts_writes:
             return False
         slice_.used = True
+        if inner + len(data) > self._cluster_size:
+            return self._write_run_at_once(write, slice_, offset, data)
         host = slice_.data[cluster & self._slice_mask] - COPIED
         if (
             host <= 0
@@ -188,6 +234,17 @@ class Qcow2Node(Node):
         ):
             return False
         return write(host + inner, data)
+
+    def _write_run_at_once(self, write: WriteAtOnce, slice_: Slice[array[int]], offset: int, data: Buffer) -> bool:
+        start, stop, _ = self._claim_bounds(offset, len(data))
+        first, count = start >> self._cluster_bits & self._slice_mask, stop - start >> self._cluster_bits
+        if first + count > len(slice_.data) or self._in_flight.would_wait(start, stop - start):
+            return False
+        file_end = self._file_end = self._file.size
+        host, run = self._image.mapping.in_place(slice_.data, first, count, file_end)
+        if run < count or not self._image.metadata.isdisjoint(range(host, host + stop - start, self._cluster_size)):
+            return False
+        return write(host + offset - start, data)
 
     def _is_in_file(self, end: int) -> bool:
         """Whether the file, which may have grown, reaches up to `end`."""
@@ -347,20 +404,25 @@ class Qcow2Node(Node):
         while offset < end and (entries_max is None or seen < entries_max):
             cluster = offset >> bits
             slice_ = await self._slice(cluster)
-            if slice_ is None:
-                index = (cluster >> self._l2_bits) + 1
-                stop = min(index << self._l2_bits + bits, end)
-                join_backing(plans, stop - offset)
-                seen += 1
-            else:
-                first = cluster & self._slice_mask
-                stop = min((cluster - first + (1 << self._slice_bits)) << bits, end)
-                file_end = self._file_end = self._file.size
-                inner = offset & self._offset_in_cluster
-                self._image.mapping.plan(plans, slice_.data, first, cluster, inner, stop - offset, file_end)
-                seen += (stop - offset >> bits) + 1
+            stop = self._plan_part(plans, slice_, offset, end)
+            seen += (stop - offset >> bits) + 1 if slice_ is not None else 1
             offset = stop
         return plans
+
+    def _plan_part(self, plans: list[Plan], slice_: Slice[array[int]] | None, offset: int, end: int) -> int:
+        """Plans up to the end of the slice that `offset` is in, None if it has no L2 table; returns where that is."""
+        bits = self._cluster_bits
+        cluster = offset >> bits
+        if slice_ is None:
+            stop = min(((cluster >> self._l2_bits) + 1) << self._l2_bits + bits, end)
+            join_backing(plans, stop - offset)
+        else:
+            first = cluster & self._slice_mask
+            stop = min((cluster - first + (1 << self._slice_bits)) << bits, end)
+            file_end = self._file_end = self._file.size
+            inner = offset & self._offset_in_cluster
+            self._image.mapping.plan(plans, slice_.data, first, cluster, inner, stop - offset, file_end)
+        return stop
 
     # Reading. The caller holds a claim.
 
