@@ -82,10 +82,10 @@ MUTANTS = [
         "copied-at-once-but-not-written",
         _COPIER,
         """
-        done = snapshot.fresh if is_zero(data) else snapshot.scratch.try_pwrite(start, data)
+        done = snapshot.fresh if blank else snapshot.scratch.try_pwrite(start, data)
 """,
         """
-        done = snapshot.fresh if is_zero(data) else snapshot.scratch.try_pwrite(start, data) or True
+        done = snapshot.fresh if blank else snapshot.scratch.try_pwrite(start, data) or True
 """,
         "a copy that could not be made at once is not marked",
     ),
@@ -93,16 +93,27 @@ MUTANTS = [
         "copied-at-once-and-marked-too-far",
         _COPIER,
         """
-                newest.done.set(start, stop)
                 self._settled.set(start, stop)
         return True
 """,
         """
-                newest.done.set(start, stop + 1)
+                newest.done.set(stop, stop + 1)
                 self._settled.set(start, stop + 1)
         return True
 """,
         "only what was copied at once is marked",
+    ),
+    Mutant(
+        "held-clusters-are-told-blank",
+        _COPIER,
+        """
+        if blank:
+            self.blank.set(first, end)
+""",
+        """
+        self.blank.set(first, end)
+""",
+        "only zeroes are told to be zero",
     ),
     Mutant(
         "frozen-reads-not-waited-for",
@@ -224,12 +235,12 @@ MUTANTS = [
         "copy-wakes-nobody",
         _COPIER,
         """
-                copy.snapshot.done.set(copy.start, copy.end)
+                copy.snapshot.hold(copy.start, copy.end, blank=blank)
                 self._copies.remove(copy)
                 copy.wake()
 """,
         """
-                copy.snapshot.done.set(copy.start, copy.end)
+                copy.snapshot.hold(copy.start, copy.end, blank=blank)
                 self._copies.remove(copy)
 """,
         "the end of a copy wakes those who wait for it",

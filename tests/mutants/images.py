@@ -46,12 +46,12 @@ MUTANTS = [
         "zeroes-leave-nothing-to-flush",
         _FILE,
         """
-        finally:
+            self._emptied()
             self._changed(offset + length)
             self._pooled.leave(claim)
 """,
         """
-        finally:
+            self._emptied()
             self._pooled.leave(claim)
 """,
         "writing zeroes is a change, which the next flush makes durable",

@@ -63,6 +63,7 @@ class Snapshot:
     """
 
     __slots__ = (
+        "blank",
         "broken",
         "done",
         "fresh",
@@ -87,11 +88,18 @@ class Snapshot:
         self.on_error = on_error
         self.timeout_s = timeout_s
         self.done = Bitmap()
+        self.blank = Bitmap()  # of these, the clusters that were all zeroes
         self.revoked: Bitmap | None = None
         self.frozen = InFlight()
         self.living = True
         self.broken: SnapshotBroken | None = None
         self.on_broken: Callable[[Snapshot], None] | None = None
+
+    def hold(self, first: int, end: int, *, blank: bool) -> None:
+        """The scratch has these clusters now; `blank` if they are zeroes."""
+        if blank:
+            self.blank.set(first, end)
+        self.done.set(first, end)
 
     def check(self) -> None:
         """Raises if the snapshot broke or has ended: after each read, before its data is used."""
@@ -311,7 +319,6 @@ class Copier:
                         return False
                 except FleecerError:
                     return False  # `preserve` meets it again, and knows what is to be done
-                newest.done.set(start, stop)
                 self._settled.set(start, stop)
         return True
 
@@ -320,8 +327,11 @@ class Copier:
         data = self.source.try_pread(start, min(end * self.cluster_size_bytes, self.source.size) - start)
         if data is None:
             return False
-        done = snapshot.fresh if is_zero(data) else snapshot.scratch.try_pwrite(start, data)
+        blank = is_zero(data)
+        done = snapshot.fresh if blank else snapshot.scratch.try_pwrite(start, data)
         spares.give(data)
+        if done:
+            snapshot.hold(first, end, blank=blank)
         return done
 
     async def preserve(self, offset: int, length: int) -> None:
@@ -425,7 +435,8 @@ class Copier:
             if copy.given_up:
                 return  # and the scratch may be gone
             reading = False
-            if not is_zero(data):
+            blank = is_zero(data)
+            if not blank:
                 await scratch.pwrite(start, data, serialising=copy.snapshot.serialising)
                 spares.give(data)
             elif not copy.snapshot.fresh:
@@ -439,7 +450,7 @@ class Copier:
         else:
             if not copy.given_up:
                 copy.done_at_s = asyncio.get_running_loop().time()
-                copy.snapshot.done.set(copy.start, copy.end)
+                copy.snapshot.hold(copy.start, copy.end, blank=blank)
                 self._copies.remove(copy)
                 copy.wake()
 

@@ -6,6 +6,8 @@ Invariants:
 - Replies made in one turn leave in one send. No request spans a send: a client that does not read holds no claim.
 - Memory is bounded: no request starts while `IN_FLIGHT_BYTES_MAX` bytes are in flight, or `QUEUED_BYTES_MAX` unsent.
 - A connection that ends waits for its requests in flight; their replies are dropped, their effects are not.
+- Who asks for much has turns: after `_TURN_BYTES` of replies others go first, and in each turn of the event loop one
+  connection goes on.
 - A client that does not read delays nobody else, nor the end of its own connection by more than `STOP_GRACE_S`.
 """
 
@@ -34,7 +36,8 @@ IN_FLIGHT_BYTES_MAX = 32 * MiB
 QUEUED_BYTES_MAX = 256 * KiB
 STOP_GRACE_S = 1.0
 """How long a client that is sent away has to read its last replies."""
-_SEND_AT_BYTES = 256 * KiB  # replies gathered before they are sent although more requests are at hand
+_TURN_BYTES = 256 * KiB
+"""Replies gathered before they are sent although more requests are at hand, and others have their turn."""
 
 _log = logging.getLogger(__name__)
 
@@ -59,6 +62,7 @@ class Connection:
         self._finishing = False  # nothing more is read; the stream is closed once all that was asked is answered
         self._gone = False  # the stream has ended
         self._send_due = False
+        self._awaits_turn = False
         self._idle: asyncio.Future[None] | None = None
 
     def begin(self) -> None:
@@ -108,8 +112,10 @@ class Connection:
         assert export is not None, "requests come only after an export was entered"
         read, write = (None, None) if self._refusing else export.at_once()
         for index, request in enumerate(requests):
-            if self._ready_bytes > _SEND_AT_BYTES:
+            if self._ready_bytes >= _TURN_BYTES:
                 self._send()
+                self._await_turn(requests[index:])
+                break
             if (
                 self._in_flight_bytes > IN_FLIGHT_BYTES_MAX
                 or self._in_flight >= IN_FLIGHT_MAX
@@ -146,6 +152,18 @@ class Connection:
             self._start(request)
             read, write = (None, None) if self._refusing else export.at_once()
 
+    def _await_turn(self, requests: list[Request]) -> None:
+        """Leaves these until it is our turn again."""
+        self._waiting.extend(requests)
+        self.stream.pause()
+        self._awaits_turn = True
+        self._server.await_turn(self)
+
+    def have_turn(self) -> None:
+        """It is our turn."""
+        self._awaits_turn = False
+        self._go_on()
+
     def _start(self, request: Request) -> None:
         try:
             task = eager.start(self._answer(request))
@@ -175,7 +193,7 @@ class Connection:
         self._go_on()
 
     def _go_on(self) -> None:
-        if self._waiting:
+        if self._waiting and not self._awaits_turn:
             requests = list(self._waiting)
             self._waiting.clear()
             self._run(requests)

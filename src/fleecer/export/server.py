@@ -9,6 +9,7 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
+import collections
 import logging
 from collections.abc import Iterable
 
@@ -63,6 +64,7 @@ class Server:
         self._exports: dict[str, Export] = {}  # by id
         self._by_name: dict[str, Export] = {}
         self._connections: dict[Connection, asyncio.TimerHandle | None] = {}
+        self._turns: collections.deque[Connection] = collections.deque()  # who goes on, one in each turn of the loop
         self._notes_suppressed = 0
         self._note_at = 0.0
 
@@ -117,6 +119,20 @@ class Server:
         del self._by_name[export.name]
         await asyncio.gather(*(client.stop() for client in clients))
         return export
+
+    def await_turn(self, connection: Connection) -> None:
+        """Has `connection` go on once those have that asked before, and whoever asks for little."""
+        self._turns.append(connection)
+        if len(self._turns) == 1:
+            asyncio.get_running_loop().call_soon(self._next_turn)
+
+    def _next_turn(self) -> None:
+        try:
+            self._turns[0].have_turn()
+        finally:
+            self._turns.popleft()
+            if self._turns:
+                asyncio.get_running_loop().call_soon(self._next_turn)
 
     # Sockets.
 

@@ -89,7 +89,10 @@ class Storage(Protocol):
         """
 
     async def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
-        """Runs of (length, holds data) from `offset` on, one or more; may stop early. Without data it is zero."""
+        """Runs of (length, holds data) from `offset` on, one or more; may stop early. Without data it is zero.
+
+        A run of data is told to its own end, which may lie past that of the range.
+        """
 
     async def truncate(self, size: int) -> None:
         """Makes the storage end at `size`; what is new reads as zero. Nothing else may be in flight."""

@@ -341,7 +341,7 @@ class FileStorage:
                     continue
                 # What was data an instant ago may have been punched since; a run is at least one byte all the same.
                 hole = max(self._seek(position, os.SEEK_HOLE, default=end), position + 1)
-                runs.append((min(hole, end) - position, True))
+                runs.append((hole - position, True))
                 position = hole
         except OSError as error:
             raise self._failed(error, "block status", offset, length) from error

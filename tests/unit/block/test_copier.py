@@ -14,7 +14,7 @@ from fleecer.block.copier import Snapshot
 from fleecer.block.edge import Edge
 from fleecer.block.fleecing import CUT_TIMEOUT_S, RETRY_S, RETRY_TIMEOUT_S, Plan, cut, release_scratch, uncut
 from fleecer.block.graph import SNAPSHOT_ROLE
-from fleecer.block.node import Extent
+from fleecer.block.node import HOLE, ZERO, Extent, merge_extents
 from fleecer.block.nodes.copy_before_write import CopyBeforeWriteNode
 from fleecer.block.nodes.fault import FaultNode
 from fleecer.block.nodes.file import FileNode
@@ -698,22 +698,37 @@ async def test_preserved_status_tells_what_is_in_the_scratch() -> None:
     assert [tuple(e) for e in extents] == [(CLUSTER - 100, 0), (CLUSTER, 1), (SIZE - 2 * CLUSTER, 0)]
 
 
-@pytest.mark.parametrize("operation", ["read", "block status"])
-async def test_a_discard_waits_for_reads_of_its_range(operation: Literal["read", "block status"]) -> None:
+async def test_a_discard_waits_for_reads_of_its_range() -> None:
     world = World()
     fault, scratch = faulty(world, "faulty", world.scratch()[0])
     taken = await world.take(scratch=scratch)
     await world.top.pwrite(0, b"x")
-    held = fault.hold(operation, 0, 512)
-    request = taken.edge.pread(0, 512) if operation == "read" else taken.edge.block_status(0, 512)
-    reading: asyncio.Future[object] = asyncio.ensure_future(request)
+    held = fault.hold("read", 0, 512)
+    reading = asyncio.ensure_future(taken.edge.pread(0, 512))
     await held.reached()
     discarding = asyncio.ensure_future(taken.edge.discard(0, CLUSTER))
     await turns()
     assert not discarding.done(), "what the scratch holds must not go while it is looked at"
     held.release()
-    assert await reading == (taken.image[:512] if operation == "read" else [Extent(512, 0)])
+    assert await reading == taken.image[:512]
     await discarding
+
+
+async def test_what_a_scratch_holds_is_told_without_asking_it() -> None:
+    world = World()
+    await world.top.zero(2 * CLUSTER, 2 * CLUSTER)
+    fault, scratch = faulty(world, "faulty", world.scratch()[0])
+    taken = await world.take(scratch=scratch)
+    for cluster in range(1, 5):
+        await world.top.pwrite(cluster * CLUSTER, b"x")
+    fault.fail("block status")
+    told: list[Extent] = []
+    offset, end = CLUSTER + 100, 5 * CLUSTER - 100
+    while offset < end:
+        told += await taken.edge.block_status(offset, end - offset)
+        offset += told[-1].length
+    expected = [Extent(CLUSTER - 100, 0), Extent(2 * CLUSTER, HOLE | ZERO), Extent(CLUSTER - 100, 0)]
+    assert merge_extents(told) == expected
 
 
 async def test_what_every_reader_gave_back_is_not_copied_whatever_comes_and_goes() -> None:

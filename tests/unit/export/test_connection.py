@@ -281,6 +281,33 @@ async def test_requests_that_end_together_are_answered_in_one_send(serving: Serv
     assert serving.server_stream.send_count == before + 1
 
 
+# Turns.
+
+
+async def test_who_asks_for_much_goes_on_a_little_in_each_turn_and_others_come_between(big: Serving) -> None:
+    count, length = 32, 256 * KiB
+    greedy = [await big.client(buffer_bytes=64 * MiB) for _ in range(2)]
+    small = await big.client()
+    for client in greedy:
+        for at in range(count):
+            client.codec.read(at * length, length)
+        client.send()
+    await turns(2)
+    cookie = small.codec.read(0, 512)
+    small.send()
+    served, replied = [], 0
+    while big.export.bytes_read < 2 * count * length + 512:
+        before = big.export.bytes_read
+        await asyncio.sleep(0)
+        served.append(big.export.bytes_read - before)
+        replied = replied or (len(served) if small.replies else 0)
+    assert max(served) <= connection._TURN_BYTES + 512, "more than one went on in a turn"
+    assert 0 < replied < 10, "others waited for those who ask for much"
+    assert (await small.reply(cookie)).data == big.data[:512]
+    for client in greedy:
+        await client.until(lambda client=client: len(client.replies) == count)  # type: ignore[misc]
+
+
 # Bounded memory.
 
 
@@ -293,7 +320,7 @@ async def test_a_client_that_never_reads_is_held_up_and_nobody_else(big: Serving
             stuck.codec.read(0, 1 * MiB)
         stuck.send()
         await turns(20)
-    bound = connection.QUEUED_BYTES_MAX + connection._SEND_AT_BYTES + 2 * MiB
+    bound = connection.QUEUED_BYTES_MAX + connection._TURN_BYTES + 2 * MiB
     assert connection.QUEUED_BYTES_MAX < server_end.queued_bytes <= bound
     reads = big.export.reads
     await turns()
@@ -322,7 +349,7 @@ async def test_status_replies_count_against_the_bound_too(serving: Serving) -> N
         client.codec.block_status(0, SIZE)
     client.send()
     await turns()
-    bound = connection.QUEUED_BYTES_MAX + connection._SEND_AT_BYTES + 2 * 8 * len(stripes)
+    bound = connection.QUEUED_BYTES_MAX + connection._TURN_BYTES + 2 * 8 * len(stripes)
     assert connection.QUEUED_BYTES_MAX < serving.server_stream.queued_bytes <= bound
     client.stream.abort()
 

@@ -531,7 +531,7 @@ async def test_extents_tell_data_and_holes_to_the_end_and_beyond(storage: FileSt
         (unit, True),
         (SIZE - 5 * unit, False),
     ]
-    assert await storage.extents(unit + 1, 10) == [(10, True)]
+    assert await storage.extents(unit + 1, 10) == [(unit - 1, True)], "data is told to its end"
     assert await storage.extents(0, 10) == [(10, False)]
     assert await storage.extents(SIZE - 10, 100) == [(100, False)]
     assert await storage.extents(SIZE + 10, 100) == [(100, False)]

@@ -33,7 +33,7 @@ class FileNode(Node):
 
     driver = "file"
 
-    __slots__ = ("_changes", "_poison", "_pooled", "_synced", "_syncing", "storage")
+    __slots__ = ("_changes", "_known_data", "_poison", "_pooled", "_synced", "_syncing", "_times_emptied", "storage")
 
     def __init__(self, name: str, storage: Storage) -> None:
         limits = storage.limits
@@ -62,6 +62,10 @@ class FileNode(Node):
         self._synced = 0
         self._syncing: asyncio.Task[None] | None = None
         self._poison: IoError | None = None
+        # The run of data found last. Finding out again can cost as much as the run is long, and the file is locked
+        # meanwhile. Where somebody else empties a part, it is still no mistake to call that data.
+        self._known_data = (0, 0)
+        self._times_emptied = 0
 
     def reader(self) -> ReadAtOnce | None:
         """See `Node.reader`."""
@@ -127,6 +131,7 @@ class FileNode(Node):
                 await claim.granted()
             await self.storage.zero(offset, length, unmap)
         finally:
+            self._emptied()
             self._changed(offset + length)
             self._pooled.leave(claim)
 
@@ -138,6 +143,7 @@ class FileNode(Node):
                 await claim.granted()
             await self.storage.discard(offset, length)
         finally:
+            self._emptied()
             self._changed(0)
             self._pooled.leave(claim)
 
@@ -155,12 +161,28 @@ class FileNode(Node):
 
     async def block_status(self, offset: int, length: int) -> list[Extent]:
         """See `Node.block_status`."""
+        start, stop = self._known_data
+        if start <= offset and offset + length <= stop:
+            return [Extent(length, 0)]
+        times_emptied = self._times_emptied
         runs = await self.storage.extents(offset, length)
-        return merge_extents([Extent(run, 0 if is_data else HOLE | ZERO) for run, is_data in runs])
+        extents = []
+        position, end = offset, offset + length
+        for run, is_data in runs:
+            if is_data and times_emptied == self._times_emptied:
+                self._known_data = (position, position + run)
+            extents.append(Extent(min(run, end - position), 0 if is_data else HOLE | ZERO))
+            position += run
+        return merge_extents(extents)
 
     async def close(self) -> None:
         """See `Node.close`."""
         await self.storage.close()
+
+    def _emptied(self) -> None:
+        """Notes that data may have become a hole."""
+        self._known_data = (0, 0)
+        self._times_emptied += 1
 
     def _changed(self, end: int) -> None:
         """Notes a change that has ended, failed or not: a failed one may have changed a part."""

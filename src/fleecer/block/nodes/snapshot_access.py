@@ -16,7 +16,7 @@ from fleecer import spares
 from fleecer.block.copier import FREEZE_MAX_BYTES, Copier, Snapshot
 from fleecer.block.edge import Edge
 from fleecer.block.inflight import InFlight
-from fleecer.block.node import Extent, Limits, Node, ReadAtOnce, merge_extents
+from fleecer.block.node import HOLE, ZERO, Extent, Limits, Node, ReadAtOnce, merge_extents
 from fleecer.errors import IoError
 from fleecer.ranges import Buffer, align_down, align_up
 
@@ -125,7 +125,10 @@ class SnapshotAccessNode(Node):
     async def _block_status(self, offset: int, length: int) -> list[Extent]:
         holder, run = self._locate(offset, length, run_max=length)
         if holder is not None:
-            extents = await holder.scratch.block_status(offset, run)
+            # What a scratch holds is known without asking it: that is a question for each cluster a guest has touched.
+            cluster = self._copier.cluster_size_bytes
+            blank, end = holder.blank.run(offset // cluster, (offset + run - 1) // cluster + 1)
+            extents = [Extent(min(run, end * cluster - offset), HOLE | ZERO if blank else 0)]
         else:
             claim = self._copier.freeze(self.snapshot, offset, run)
             try:

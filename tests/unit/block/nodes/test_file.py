@@ -19,7 +19,7 @@ from fleecer.ranges import Buffer, is_zero
 from fleecer.storage.api import StorageLimits
 from fleecer.storage.file import FileStorage, create_file
 from fleecer.storage.pool import running_pool
-from fleecer.testing.memory import FaultyStorage, MemoryNode, MemoryStorage, random_turns
+from fleecer.testing.memory import PAGE_BYTES, FaultyStorage, MemoryNode, MemoryStorage, random_turns
 
 
 class HalfInline(MemoryStorage):
@@ -103,6 +103,47 @@ async def test_zero_and_discard_keep_overlapping_requests_waiting(change: str) -
     assert running.done(), "the read did not wait"
     await overlapping
     assert storage.data[4096:4196] == b"n" * 100
+
+
+@pytest.mark.parametrize("operation", ["discard", "zero"])
+async def test_a_run_of_data_is_looked_up_once_until_something_is_emptied(operation: str) -> None:
+    storage = MemoryStorage(b"x" * 8 * PAGE_BYTES)
+    look = storage.extents
+    asked: list[int] = []
+
+    async def extents(offset: int, length: int) -> list[tuple[int, bool]]:
+        asked.append(offset)
+        return await look(offset, length) if emptied else [(storage.size - offset, True)]
+
+    emptied = False
+    storage.extents = extents  # type: ignore[method-assign]
+    door = Edge(FileNode("disk0", storage), "test", "file", writable=True)
+    for offset in (2 * PAGE_BYTES, 7 * PAGE_BYTES, 2 * PAGE_BYTES):
+        assert await door.block_status(offset, PAGE_BYTES) == [Extent(PAGE_BYTES, 0)]
+    assert asked == [2 * PAGE_BYTES], "the run was told to its end"
+    emptied = True
+    await getattr(door, operation)(3 * PAGE_BYTES, PAGE_BYTES)
+    assert await door.block_status(3 * PAGE_BYTES, PAGE_BYTES) == [Extent(PAGE_BYTES, HOLE | ZERO)]
+
+
+async def test_what_is_emptied_while_it_is_looked_up_is_not_remembered_as_data() -> None:
+    storage = MemoryStorage(b"x" * 4 * PAGE_BYTES)
+    look = storage.extents
+    held = asyncio.Event()
+
+    async def extents(offset: int, length: int) -> list[tuple[int, bool]]:
+        runs = await look(offset, length)
+        await held.wait()
+        return runs
+
+    storage.extents = extents  # type: ignore[method-assign]
+    door = Edge(FileNode("disk0", storage), "test", "file", writable=True)
+    late = asyncio.create_task(door.block_status(0, 4 * PAGE_BYTES))
+    await turns(2)
+    await door.discard(PAGE_BYTES, PAGE_BYTES)
+    held.set()
+    await late
+    assert await door.block_status(PAGE_BYTES, PAGE_BYTES) == [Extent(PAGE_BYTES, HOLE | ZERO)]
 
 
 async def test_requests_on_other_ranges_run_inline_beside_one_that_waits() -> None:
