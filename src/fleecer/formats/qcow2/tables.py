@@ -144,12 +144,15 @@ class Mapping:
                 plans.append(Compressed(*self.compressed(entry, start + shift, file_end), skip, take))
             else:
                 host = self.standard(entry, start + shift)
-                # Entries of one run differ by a cluster each, and in COPIED, which does not matter to a reader.
-                step, kept = (size, ~COPIED) if host else (0, -1)
-                wanted = entry & kept
-                while index <= last and entries[index] & kept == wanted + step:
-                    wanted += step
-                    index += 1
+                if host:
+                    # Entries of one run differ by a cluster each, and in COPIED, which does not matter to a reader.
+                    wanted = entry & ~COPIED
+                    while index <= last and entries[index] & ~COPIED == wanted + size:
+                        wanted += size
+                        index += 1
+                else:
+                    wanted = 0
+                    index = _equal_until(entries, start, last + 1)
                 take = min((index - start) * size - skip, length)
                 if entry & ZERO_FLAG:
                     _join_zero(plans, take, bool(host))
@@ -194,6 +197,24 @@ class Mapping:
 
     def _past_end(self, cluster: int, host: int, file_end: int) -> CorruptImage:
         return CorruptImage(self.path, f"cluster {cluster} at {host} is past the file's end at {file_end}")
+
+
+def _equal_until(entries: array[int], first: int, end: int) -> int:
+    """Where the entries equal to `entries[first]` stop, at most `end`. Large disks have tables full of them."""
+    entry = entries[first]
+    known = first + 1
+    if known == end or entries[known] != entry:
+        return known
+    same = array("Q", (entry,)) * (end - first)
+    beyond = end + 1
+    at = end
+    while known + 1 < beyond:  # up to `known` they are equal, up to `beyond` they are not
+        if entries[first:at] == same[: at - first]:
+            known = at
+        else:
+            beyond = at
+        at = (known + beyond) // 2
+    return known
 
 
 def _join_data(plans: list[Plan], host: int, length: int) -> None:

@@ -82,6 +82,15 @@ def test_a_run_goes_on_from_the_plan_before() -> None:
     assert found == [Data(8 * C, 3 * C)]
 
 
+@given(st.lists(st.tuples(st.sampled_from([0, ZERO_FLAG, 8 * C | COPIED, 9 * C]), st.integers(1, 40)), max_size=12))
+def test_a_long_range_is_what_its_clusters_are_one_by_one(runs: list[tuple[int, int]]) -> None:
+    entries = [entry for entry, count in runs for _ in range(count)]
+    one_by_one: list[Plan] = []
+    for index in range(len(entries)):
+        mapping().plan(one_by_one, array("Q", entries), index, index, 0, C, END)
+    assert plans(entries) == one_by_one
+
+
 def test_a_compressed_cluster_is_described_by_bytes() -> None:
     # x = 62 - (12 - 8) = 58: the offset below, the number of further sectors above.
     entry = COMPRESSED | 2 << 58 | 0x12345
