@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import random
 import socket
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.open_files import open_files
 from tests.serving_world import Serving
 
 from fleecer.block.edge import Edge
@@ -51,15 +51,6 @@ def make_raw(path: Path, content: bytes | None = None) -> bytes:
     return content
 
 
-def descriptors(directory: Path) -> list[str]:
-    """The files below `directory` that this process has open."""
-    found: list[str] = []
-    for number in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):
-            found.append(os.readlink(f"/proc/self/fd/{number}"))
-    return sorted(path for path in found if path.startswith(f"{directory}/"))
-
-
 class World:
     """A graph, and openers into it, in a directory of images."""
 
@@ -82,13 +73,13 @@ class World:
 
     async def refused(self, attempt: Any) -> str:
         """The text of the error that `attempt` ends with. Nothing may be left: no node, edge or descriptor."""
-        nodes, before = self.graph.nodes(), descriptors(self.images)
+        nodes, before = self.graph.nodes(), open_files(self.images)
         edges = {node.name: self.graph.parents(node) for node in nodes}
         with pytest.raises(FleecerError) as caught:
             await attempt
         assert self.graph.nodes() == nodes, "nodes were left"
         assert {node.name: self.graph.parents(node) for node in nodes} == edges, "edges were left"
-        assert descriptors(self.images) == before, "descriptors were left"
+        assert open_files(self.images) == before, "descriptors were left"
         text = str(caught.value)
         assert "\n" not in text
         return text
@@ -304,7 +295,7 @@ async def test_a_name_taken_while_the_image_was_opened_is_refused_and_the_image_
     )
     assert [type(outcome) for outcome in outcomes].count(UsageError) == 1
     assert len(world.graph.nodes()) == 1
-    assert len(descriptors(world.images)) == 1
+    assert len(open_files(world.images)) == 1
 
 
 @pytest.mark.parametrize(

@@ -8,15 +8,14 @@ guests' requests go on.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
-import os
 import types
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Generator
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.open_files import open_files
 
 from fleecer.block.edge import Edge
 from fleecer.block.fleecing import Plan, cut, uncut
@@ -63,15 +62,6 @@ class Cancels:
                 step = functools.partial(work.throw, error)
 
 
-def descriptors() -> list[str]:
-    """What this process has open."""
-    found = []
-    for fd in os.listdir("/proc/self/fd"):
-        with contextlib.suppress(FileNotFoundError):  # the one by which they are listed
-            found.append(os.readlink(f"/proc/self/fd/{fd}"))
-    return sorted(found)
-
-
 class World:
     """A daemon with two disks whose guests can be held up."""
 
@@ -113,7 +103,7 @@ class World:
             "exports": [export.name for export in self.daemon.server.exports()],
             "jobs": [job.job_id for job in self.daemon.jobs.jobs()],
             "snapshots": ([taken.name for taken in snapshots.sets()], sorted(snapshots._names), len(snapshots._making)),
-            "descriptors": descriptors(),
+            "files": open_files(Path("/")),
         }
 
     async def settle(self) -> None:

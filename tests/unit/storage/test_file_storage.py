@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.open_files import open_files
 
 from fleecer.block.nodes.file import FileNode
 from fleecer.errors import FleecerError, IoError, UsageError
@@ -183,13 +184,13 @@ async def test_a_scratch_file_has_no_name(tmp_path: Path, code: int | None, monk
 async def test_no_descriptor_is_left_after_failures(tmp_path: Path) -> None:
     (tmp_path / "disk0").touch()
     holder = await open_file(str(tmp_path / "disk0"))
-    before = len(os.listdir("/proc/self/fd"))
+    assert len(open_files(tmp_path)) == 1
     os.mkfifo(tmp_path / "fifo")
     for _ in range(5):
         for name in ("disk0", "fifo", "missing"):
             with pytest.raises(FleecerError):
                 await open_file(str(tmp_path / name))
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(open_files(tmp_path)) == 1
     await holder.close()
 
 
