@@ -121,8 +121,7 @@ class Connection:
                 or self._in_flight >= IN_FLIGHT_MAX
                 or self.stream.queued_bytes > QUEUED_BYTES_MAX
             ):
-                self._waiting.extend(requests[index:])
-                self.stream.pause()
+                self._leave(requests[index:])
                 break
             try:
                 length = 0 if request.error else request.length
@@ -154,10 +153,14 @@ class Connection:
 
     def _await_turn(self, requests: list[Request]) -> None:
         """Leaves these until it is our turn again."""
-        self._waiting.extend(requests)
-        self.stream.pause()
+        self._leave(requests)
         self._awaits_turn = True
         self._server.await_turn(self)
+
+    def _leave(self, requests: list[Request]) -> None:
+        """Leaves these for later, and takes no more until then."""
+        self._waiting.extend(requests)
+        self.stream.pause()
 
     def have_turn(self) -> None:
         """It is our turn."""

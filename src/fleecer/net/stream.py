@@ -29,7 +29,7 @@ from fleecer.ranges import Buffer
 from fleecer.units import KiB
 
 _PIECES_MAX = 512  # buffers in one sendmsg, below every kernel's limit of 1024
-_BATCH_BYTES = 512 * KiB  # offered at once of what is queued: more than a socket takes
+_BATCH_BYTES = 512 * KiB  # offered at once of what is queued
 _RECEIVES_MAX = 4  # receives a turn before other streams get theirs
 _LINGER_S = 1.0  # how long a TCP connection that we closed waits for the peer to close its side
 _DISCARD_BYTES = 64 * KiB

@@ -167,7 +167,7 @@ def fault_points(case: Case) -> Iterator[FaultPoint]:
         began.update({name: fault.seen for name, fault in faults.items()})
         await asyncio.gather(*start_actors(actors))
 
-    simulate(play(case, run=counted, medium=Medium(inline=case.inline, faults=faults)), loop=loop)
+    simulate(play(case, run=counted, medium=Medium(faults=faults)), loop=loop)
     for name, fault in faults.items():
         for number in range(began[name], fault.seen):
             for way in _WAYS:
@@ -195,7 +195,7 @@ def run_fault_point(point: FaultPoint) -> NamedLoop:
     loop = NamedLoop(steps_max=20_000)
     cancels = point.way == "cancel"
     faults = Faults(at={} if cancels else point.at, for_good=point.for_good)
-    medium = Medium(inline=point.case.inline, faults={} if cancels else {point.disk: faults}, record=True)
+    medium = Medium(faults={} if cancels else {point.disk: faults}, record=True)
 
     async def with_fault(world: World, actors: Actors) -> None:
         world.history.clock = lambda: world.image.position

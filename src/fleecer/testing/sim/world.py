@@ -83,7 +83,7 @@ class World:
         self.slowest_s = 0.0  # the longest that a guest's request took
         self.records = medium.record
         self._medium = medium
-        self._inline = medium.inline
+        self._inline = 0.0
         self._trace = trace
         self._serial = 0
 
@@ -510,7 +510,7 @@ class BareNode(Node):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Medium:
-    """What the disks of a world are like: how long requests take, whether they tear, how many are done at once.
+    """What the disks of a world are like: how long requests take, and whether they tear.
 
     `latency` makes a source of times for each disk; None for heavy-tailed ones. `faults` are by name of
     the disk ("image" and "disk" for the guest's, "base", "scratch-s1", "target-b1"), `record` keeps the log of the
@@ -519,14 +519,13 @@ class Medium:
 
     latency: Callable[[], Latency] | None = None
     tearing: bool = True
-    inline: float = 0.0
     faults: Mapping[str, Faults] = dataclasses.field(default_factory=dict)
     record: bool = False
 
 
-def prompt(inline: float = 0.0) -> Medium:
+def prompt() -> Medium:
     """Disks that take no time: what comes first is the schedule's choice alone."""
-    return Medium(latency=lambda: lambda: 0.0, tearing=False, inline=inline)
+    return Medium(latency=lambda: lambda: 0.0, tearing=False)
 
 
 async def make_world(
