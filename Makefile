@@ -45,11 +45,11 @@ test-guest: $(VENV)/.guest
 
 $(VENV)/.run: pyproject.toml constraints.txt
 	scripts/make-venv "$(PYTHON)" "$(VENV)"
-	$(PIP) --editable '.[speed]'
+	$(PIP) --editable '.[speed,uring]'
 	@touch $@
 
 $(VENV)/.dev: $(VENV)/.run
-	$(PIP) --editable '.[speed,dev]'
+	$(PIP) --editable '.[speed,uring,dev]'
 	@touch $@
 
 # A small Linux: only its image, kernel and initrd are used.

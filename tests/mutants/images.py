@@ -59,12 +59,9 @@ MUTANTS = [
     Mutant(
         "reads-inline-over-a-thread",
         _FILE,
-        """
-        if len(pooled) and pooled.overlaps(offset, length):
-            return None
-""",
-        "\n",
-        "nothing is read inline on a range at which a thread is at work",
+        "return None if self._pooled.would_wait(offset, length) else self.storage.try_pread(offset, length)",
+        "return self.storage.try_pread(offset, length)",
+        "nothing is read inline on a range that a thread is changing",
     ),
     Mutant(
         "writes-inline-over-a-thread",

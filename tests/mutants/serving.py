@@ -106,11 +106,11 @@ MUTANTS = [
         "at-once-found-once-for-all",
         _CONNECTION,
         """
-            self._start(request)
+            self._start(request, tried=read is not None)
             read, write = (None, None) if self._refusing else export.at_once()
 """,
         """
-            self._start(request)
+            self._start(request, tried=read is not None)
 """,
         "what reads and writes at once is found anew after a request that may have changed it",
         # It takes two requests in one piece, of which the first has to wait: the simulation's guests ask one by one.

@@ -140,11 +140,15 @@ class Edge:
 
     # The six operations. Each passes the gate, checks, counts, and hands on.
 
-    async def pread(self, offset: int, length: int) -> Buffer:
-        """`length` bytes at `offset`; see `Node.pread`. Raises IoError (EINVAL) outside the node."""
-        at_once = self.try_pread(offset, length)
-        if at_once is not None:
-            return at_once
+    async def pread(self, offset: int, length: int, tried: bool = False) -> Buffer:
+        """`length` bytes at `offset`; see `Node.pread`. Raises IoError (EINVAL) outside the node.
+
+        `tried` says that to read at once was tried this very moment, in vain.
+        """
+        if not tried:
+            at_once = self.try_pread(offset, length)
+            if at_once is not None:
+                return at_once
         if self._gate is not None:
             await self._pass_gate()
         node = self._node

@@ -76,6 +76,10 @@ class InFlight:
             if not dependent.blockers and waiter is not None and not waiter.done():
                 waiter.set_result(True)
 
+    def changing(self) -> bool:
+        """Whether any claim is serialising."""
+        return self._serialising_count != 0
+
     def overlaps(self, offset: int, length: int) -> bool:
         """Whether any claim touches the range."""
         end = offset + length

@@ -148,7 +148,7 @@ class Connection:
             except Exception as error:  # noqa: BLE001 - whatever it is, the client is answered
                 self._fail(request, error)
                 continue
-            self._start(request)
+            self._start(request, tried=read is not None)
             read, write = (None, None) if self._refusing else export.at_once()
 
     def _await_turn(self, requests: list[Request]) -> None:
@@ -167,9 +167,9 @@ class Connection:
         self._awaits_turn = False
         self._go_on()
 
-    def _start(self, request: Request) -> None:
+    def _start(self, request: Request, *, tried: bool = False) -> None:
         try:
-            task = eager.start(self._answer(request))
+            task = eager.start(self._answer(request, tried))
         except Exception as error:  # noqa: BLE001 - only a bug comes this far, and the other requests go on
             self._report(error)
             return
@@ -219,7 +219,7 @@ class Connection:
             self._send()
             self.stream.close()
 
-    async def _answer(self, request: Request) -> None:
+    async def _answer(self, request: Request, tried: bool) -> None:
         codec = self._codec
         try:
             if request.error or self._refusing:
@@ -229,7 +229,7 @@ class Connection:
             export = self.export
             assert export is not None, "requests come only after an export was entered"
             if request.command == CMD_READ:
-                data = await export.execute(request) if request.length else b""
+                data = await export.execute(request, tried) if request.length else b""
                 assert data is not None
                 self._reply_read(request, data)
             elif request.command == CMD_BLOCK_STATUS:

@@ -113,8 +113,10 @@ class Export:
             return None, None
         return edge.reader(), edge.writer()
 
-    async def execute(self, request: Request) -> Buffer | None:
+    async def execute(self, request: Request, tried: bool = False) -> Buffer | None:
         """Does what a read, write, flush, trim, cache or write-zeroes request asks; returns what was read.
+
+        `tried` says that what `at_once` gave was tried this very moment, in vain.
 
         On return a request with FUA is durable. Raises FleecerError, whose errno the client is told.
         """
@@ -123,7 +125,7 @@ class Export:
         if command == CMD_READ:
             self.reads += 1
             self.bytes_read += request.length
-            return await edge.pread(request.offset, request.length)
+            return await edge.pread(request.offset, request.length, tried)
         fua = flags & CMD_FLAG_FUA != 0
         if command == CMD_WRITE and request.length:
             self.writes += 1

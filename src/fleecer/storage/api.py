@@ -6,7 +6,8 @@ Invariants that every storage keeps:
 - What a read returns is private; what a write is given is not kept after the call.
 - Every failure is an `IoError` that names the storage, with the `OSError` as its cause where there was one.
 - `try_pread` and `try_pwrite` never wait for long. They promise nothing about requests of the same storage that are in
-  flight elsewhere: the caller uses them only where no asynchronous request overlaps the range.
+  flight elsewhere: the caller reads only where no asynchronous change overlaps the range, and writes only where no
+  asynchronous request does.
 - An asynchronous operation ends before its caller hears of a cancel: afterwards nothing of it is still under way.
 """
 

@@ -34,10 +34,17 @@ from fleecer.storage.api import StorageLimits
 from fleecer.storage.locks import lock_image
 from fleecer.storage.paths import identity_of, open_unnamed, sync_directory
 from fleecer.storage.pool import Lane, running_pool
-from fleecer.units import MiB
+from fleecer.storage.ring import LANE_LIMIT, RingLane
+from fleecer.units import KiB, MiB
 
 INLINE_MAX_BYTES = 1 * MiB
 """Longer reads and writes go to the pool: copying them would hold up the event loop."""
+
+RING_MAX_BYTES = 64 * KiB
+"""Longer reads go to threads: the ring copies on the event loop's own, and piece by piece as the disk delivers."""
+
+SKIPS_MAX = 16
+"""Of so many reads that were not cached in a row, one is tried inline."""
 
 EXTENTS_MAX = 256
 """Runs told in one answer of `extents`."""
@@ -116,7 +123,11 @@ class FileStorage:
         "_inline_writes",
         "_lane",
         "_modes",
+        "_reads_under_way",
+        "_ring_lane",
         "_sector_bytes",
+        "_skips",
+        "_skips_next",
         "_sync_lane",
         "_unsynced_directory",
         "identity",
@@ -151,10 +162,17 @@ class FileStorage:
         self._unsynced_directory = created_in
         # preadv's flags for reads on the event loop; None where those could block.
         self._inline_read_flags: int | None = os.RWF_NOWAIT
+        # Reads that are not tried inline, of those to come. One that was tried in vain goes through several hands on
+        # its way to `pread`, and none needs to try again; and where the ring reads, nothing is cheaper than not to try.
+        self._skips = 0
+        self._skips_next = 1
+        # A try begins to read what is not cached. A disk that hangs would in the end take no more, and put us to sleep.
+        self._reads_under_way = 0
         self._inline_writes = InlineWrites()
         # Syncs are counted apart, so that reads need not queue behind them.
         self._lane = Lane()
         self._sync_lane = Lane(1)
+        self._ring_lane = RingLane()
 
     def __repr__(self) -> str:
         return f"FileStorage({quoted(self.name)})"
@@ -164,18 +182,20 @@ class FileStorage:
     def try_pread(self, offset: int, length: int) -> Buffer | None:
         """See `Storage.try_pread`."""
         flags = self._inline_read_flags
-        if flags is None or length > INLINE_MAX_BYTES:
+        if flags is None or self._skips or length > INLINE_MAX_BYTES or self._reads_under_way >= LANE_LIMIT:
             return None
         data = bytearray(length) if length < spares.LENGTH_MIN else spares.take(length)
         try:
             if os.preadv(self._fd, (data,), offset, flags) == length:
+                self._skips_next = 1
                 return data
         except OSError as error:
             if error.errno == errno.EOPNOTSUPP and flags:
                 self._inline_read_flags = 0 if fallocate.is_in_memory(self._fd) else None
                 return self.try_pread(offset, length)
-        # Not cached, only partly cached, past the end, or failing: the pool finds out which.
+        # Not cached, only partly cached, past the end, or failing: `pread` finds out which.
         spares.give(data)
+        self._skips = self._skips_next
         return None
 
     def try_pwrite(self, offset: int, data: Buffer) -> bool:
@@ -204,7 +224,22 @@ class FileStorage:
 
     async def pread(self, offset: int, length: int) -> Buffer:
         """See `Storage.pread`."""
-        return await running_pool().submit(self._lane, self._pread, offset, length, self.size)
+        if self._skips:
+            self._skips -= 1
+        self._reads_under_way += 1
+        try:
+            pool = running_pool()
+            ring = pool.ring() if self._inline_read_flags and length <= RING_MAX_BYTES else None
+            if ring is not None:
+                if self._skips_next < SKIPS_MAX:
+                    self._skips_next *= 2
+                data = bytearray(length)
+                if await ring.read(self._ring_lane, self._fd, data, offset) == length:
+                    return data
+                # Past the end, or failing: a thread finds out which.
+            return await pool.submit(self._lane, self._pread, offset, length, self.size)
+        finally:
+            self._reads_under_way -= 1
 
     async def pwrite(self, offset: int, data: Buffer) -> None:
         """See `Storage.pwrite`."""
@@ -242,7 +277,8 @@ class FileStorage:
         """See `Storage.close`."""
         if self._fd == _CLOSED:
             return
-        assert not self._lane.running + self._sync_lane.running, f"{self!r} was closed with work in flight"
+        in_flight = self._lane.running + self._sync_lane.running + self._ring_lane.running
+        assert not in_flight, f"{self!r} was closed with {in_flight} requests in flight"
         self._fd = _CLOSED
         try:
             await running_pool().submit(self._lane, self._file.close)

@@ -20,6 +20,8 @@ import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar, TypeVarTuple
 
+from fleecer.storage import ring
+
 THREADS_MAX = 64
 LANE_LIMIT = 8
 
@@ -72,7 +74,7 @@ class _Bell:
 
 
 class Pool:
-    """Threads of one event loop; see `running_pool`."""
+    """Threads of one event loop; see `running_pool`. It also owns the loop's ring."""
 
     def __init__(self, threads_max: int = THREADS_MAX) -> None:
         self._threads_max = threads_max
@@ -83,6 +85,8 @@ class Pool:
         self._running = 0
         self._idle: asyncio.Future[None] | None = None
         self._closed = False
+        self._ring: ring.Ring | None = None
+        self._asked_for_ring = False
         asyncio.get_running_loop().add_reader(self._bell.fd, self._collect)
         # A loop that goes away without closing its pool takes the threads with it.
         weakref.finalize(self, _dismiss, self._jobs, self._threads)
@@ -98,14 +102,29 @@ class Pool:
             lane.waiting.append(job)
         return future
 
+    def ring(self) -> ring.Ring | None:
+        """What reads without threads, where that can be done (ring.py); None also until it is loaded: ask again."""
+        if not self._asked_for_ring:
+            self._asked_for_ring = True
+            self.submit(Lane(), ring.load).add_done_callback(self._open_ring)
+        return self._ring
+
+    def _open_ring(self, loaded: asyncio.Future[bool]) -> None:
+        if loaded.result() and not self._closed:
+            self._ring = ring.open_ring()
+
     async def close(self) -> None:
         """Waits for all work submitted, then ends the threads. A second call does nothing."""
+        if self._ring is not None:
+            await self._ring.idle()
         while self._running:
             self._idle = self._idle or asyncio.get_running_loop().create_future()
             await asyncio.shield(self._idle)
         if self._closed:
             return
         self._closed = True
+        if self._ring is not None:
+            self._ring.close()
         asyncio.get_running_loop().remove_reader(self._bell.fd)
         threads = list(self._threads)
         _dismiss(self._jobs, self._threads)

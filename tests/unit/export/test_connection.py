@@ -90,9 +90,9 @@ class BrokenExport(Export):
 
     way: Callable[[Request], Any] = staticmethod(lambda request: None)
 
-    async def execute(self, request: Request) -> Buffer | None:
+    async def execute(self, request: Request, tried: bool = False) -> Buffer | None:
         if request.command != nbd.CMD_READ:
-            return await super().execute(request)
+            return await super().execute(request, tried)
         found = self.way(request)
         answer: Buffer | None = await found if isinstance(found, Awaitable) else found
         return answer

@@ -3,9 +3,9 @@
 Reads and writes that need not wait happen inside the call; the rest goes to the storage's threads.
 
 Invariants:
-- pread(2) and pwrite(2) are not atomic towards each other on all file systems. So whatever goes to a thread claims its
-  range, reads shared and changes serialising, and nothing is done inline on a range that is claimed. Looking and doing
-  are one step, with no await between.
+- pread(2) and pwrite(2) are not atomic towards each other on all file systems. So whatever goes to a thread or to the
+  ring claims its range, reads shared and changes serialising. Nothing is changed inline on a range that is claimed, nor
+  read on one that is being changed. Looking and doing are one step, with no await between.
 - A flush covers what had returned when it began; what ends while it runs waits for the next. Flushes that come while
   one runs share the next one, and a flush after which nothing changed does nothing.
 - The first failed flush is final: the kernel may have thrown the data away, and would say "done" next time. Every later
@@ -69,17 +69,14 @@ class FileNode(Node):
 
     def reader(self) -> ReadAtOnce | None:
         """See `Node.reader`."""
-        return self._read_at_once if len(self._pooled) else self.storage.try_pread
+        return self._read_at_once if self._pooled.changing() else self.storage.try_pread
 
     def writer(self) -> WriteAtOnce | None:
         """See `Node.writer`."""
         return self._write_at_once
 
     def _read_at_once(self, offset: int, length: int) -> Buffer | None:
-        pooled = self._pooled
-        if len(pooled) and pooled.overlaps(offset, length):
-            return None
-        return self.storage.try_pread(offset, length)
+        return None if self._pooled.would_wait(offset, length) else self.storage.try_pread(offset, length)
 
     def _write_at_once(self, offset: int, data: Buffer) -> bool:
         pooled = self._pooled

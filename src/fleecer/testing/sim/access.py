@@ -328,6 +328,7 @@ def _model_claims(undo: list[Callable[[], None]]) -> None:
     _wrap(undo, InFlight, "until_clear", looking)
     _wrap(undo, InFlight, "would_wait", looking)
     _wrap(undo, InFlight, "__len__", counting)
+    _wrap(undo, InFlight, "changing", counting)
 
 
 def _model_bitmaps(undo: list[Callable[[], None]]) -> None:

@@ -1,0 +1,136 @@
+"""Reads through io_uring: for what the page cache lacks, without a thread for each read.
+
+A thread costs a cold read more than the disk does, most of it because both sides want the interpreter. Here the kernel
+is handed the reads of a turn of the loop in one call, and tells through one descriptor when some are done. That takes
+the package `uring-api`, and a kernel that lets us: containers often forbid it. Without, the pool's threads read.
+
+Invariants:
+- A ring belongs to the event loop it was made in; all its methods are called there.
+- What was begun runs to its end. Its future cannot be cancelled: a waiter that is cancelled hears of it when the kernel
+  has let go of the buffer.
+- Only files come here that can be read with RWF_NOWAIT. For those the kernel waits without a worker of its own, so a
+  disk that hangs holds up no other. A lane's limit is below what the kernel takes for one disk at once: beyond that
+  even asking would wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+import os
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import uring_api
+
+SWITCH_VARIABLE = "FLEECER_IO_URING"
+"""`off` there means that there shall be no ring."""
+
+LANE_LIMIT = 24
+"""Reads of one file under way at once. Even plain disks take 31; whoever asks for more is put to sleep."""
+
+_ENTRIES = 256  # reads begun in one turn of the loop without a call for some of them alone
+
+
+class RingLane:
+    """One file's share of a ring: at most LANE_LIMIT of its reads are under way at once; the rest wait in order."""
+
+    __slots__ = ("running", "waiting")
+
+    def __init__(self) -> None:
+        self.running = 0
+        self.waiting: collections.deque[_Read] = collections.deque()
+
+
+class _Result(asyncio.Future[int]):
+    """A future that a waiter cannot cancel; its task is told of the cancel once the result is there."""
+
+    def cancel(self, msg: Any = None) -> bool:
+        return False
+
+
+_Read = tuple[_Result, RingLane, int, bytearray | memoryview, int]
+
+
+class Ring:
+    """The kernel's queues of one event loop; see `open_ring`."""
+
+    def __init__(self, ring: uring_api.Ring) -> None:
+        # The loop is not kept here: it owns the ring, and goes away with it.
+        self._ring = ring
+        self._running = 0
+        self._is_turn_due = False
+        self._idle: asyncio.Future[None] | None = None
+        asyncio.get_running_loop().add_reader(ring.fd, self._turn)
+
+    def read(self, lane: RingLane, fd: int, buffer: bytearray | memoryview, offset: int) -> asyncio.Future[int]:
+        """Reads into `buffer` from `offset` on; the result is how many bytes, or an error number below zero.
+
+        Fewer bytes than asked for are no error, as with pread(2). Until the future is done the buffer is the kernel's.
+        """
+        result = _Result(loop=asyncio.get_running_loop())
+        read = (result, lane, fd, buffer, offset)
+        if lane.running < LANE_LIMIT:
+            self._begin(read)
+        else:
+            lane.waiting.append(read)
+        return result
+
+    async def idle(self) -> None:
+        """Returns when all that was begun has ended, and whoever waits for it has been told."""
+        while self._running:
+            self._idle = self._idle or asyncio.get_running_loop().create_future()
+            await asyncio.shield(self._idle)
+
+    def close(self) -> None:
+        """Gives the ring back, which must be idle. A second call does nothing."""
+        assert not self._running, "a ring was closed with reads under way"
+        if not self._ring.closed:
+            asyncio.get_running_loop().remove_reader(self._ring.fd)
+            self._ring.close()
+
+    def _begin(self, read: _Read) -> None:
+        _, lane, fd, buffer, offset = read
+        self._ring.prepare_read(fd, buffer, offset, read)
+        lane.running += 1
+        self._running += 1
+        if not self._is_turn_due:
+            self._is_turn_due = True
+            asyncio.get_running_loop().call_soon(self._turn)
+
+    def _turn(self) -> None:
+        """Hands the kernel what was begun, hands out what is done, and begins what waited for that."""
+        self._is_turn_due = False
+        for completion in self._ring.wait(0) or ():
+            read: Any = completion.take_user_data()
+            result, lane = read[:2]
+            lane.running -= 1
+            self._running -= 1
+            if lane.waiting:
+                self._begin(lane.waiting.popleft())
+            result.set_result(completion.res)
+        if self._idle is not None and not self._running:
+            self._idle.set_result(None)
+            self._idle = None
+
+
+def load() -> bool:
+    """Loads what `open_ring` needs, which takes a while; False if a ring is not wanted or not installed."""
+    if os.environ.get(SWITCH_VARIABLE) == "off":
+        return False
+    try:
+        import uring_api  # noqa: F401
+    except ImportError:
+        return False
+    return True
+
+
+def open_ring() -> Ring | None:
+    """A ring for the running event loop, once `load` has said so; None where it is forbidden or the kernel too old."""
+    import uring_api
+
+    try:
+        # Linux 5.19 has this flag, by which nothing interrupts us when a read is done, and all else that is needed.
+        return Ring(uring_api.Ring(_ENTRIES, uring_api.IORING_SETUP_COOP_TASKRUN))
+    except OSError:
+        return None

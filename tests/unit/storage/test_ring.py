@@ -1,0 +1,492 @@
+"""The ring: what it reads, its limits and order, cancelled waiters, its end, and when there is none.
+
+Each rule is tried on a stand-in for the kernel, which a test can hold up, and where possible on the kernel itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import gc
+import os
+import random
+import sys
+import threading
+import weakref
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvloop
+
+from fleecer.block.nodes.file import FileNode
+from fleecer.errors import IoError
+from fleecer.storage.file import RING_MAX_BYTES, SKIPS_MAX, FileStorage, create_file
+from fleecer.storage.pool import Pool, running_pool
+from fleecer.storage.ring import LANE_LIMIT, SWITCH_VARIABLE, Ring, RingLane
+
+SIZE = 1 << 20
+
+
+class Completion:
+    def __init__(self, request: Any, res: int) -> None:
+        self.res = res
+        self._request = request
+
+    def take_user_data(self) -> Any:
+        return self._request
+
+
+class StandIn:
+    """Behaves as `uring_api.Ring`; while `held` it completes nothing. `answer` makes a result another one."""
+
+    def __init__(self, *_: int) -> None:
+        self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self.closed = False
+        self.held = False
+        self.answer: Callable[[int], int] = lambda res: res
+        self.prepared: list[tuple[int, Any, int, Any]] = []
+        self.submitted: list[tuple[int, Any, int, Any]] = []
+        self.batches: list[int] = []
+
+    def prepare_read(self, fd: int, buffer: Any, offset: int, request: Any) -> None:
+        self.prepared.append((fd, buffer, offset, request))
+
+    def wait(self, timeout: float) -> list[Completion] | None:
+        assert timeout == 0
+        if self.prepared:
+            self.batches.append(len(self.prepared))
+        self.submitted += self.prepared
+        self.prepared.clear()
+        if self.held or not self.submitted:
+            return None
+        completions = [self._read(*read) for read in self.submitted]
+        self.submitted.clear()
+        return completions
+
+    def _read(self, fd: int, buffer: Any, offset: int, request: Any) -> Completion:
+        try:
+            res = os.preadv(fd, [buffer], offset)
+        except OSError as error:
+            res = -(error.errno or errno.EIO)
+        return Completion(request, self.answer(res))
+
+    def release(self) -> None:
+        self.held = False
+        os.eventfd_write(self.fd, 1)
+
+    def close(self) -> None:
+        assert not self.closed
+        self.closed = True
+        os.close(self.fd)
+
+
+def kernels_own() -> Any:
+    """A real ring, or a skip that says why there is none here."""
+    uring_api = pytest.importorskip("uring_api", reason="uring-api is not installed")
+    try:
+        return uring_api.Ring(256, uring_api.IORING_SETUP_COOP_TASKRUN)
+    except OSError as error:
+        pytest.skip(f"this kernel gives no io_uring: {error}")
+
+
+@pytest.fixture(params=[StandIn, kernels_own])
+async def ring(request: pytest.FixtureRequest) -> AsyncIterator[Ring]:
+    made = Ring(request.param())
+    yield made
+    await made.idle()
+    made.close()
+
+
+@pytest.fixture
+async def held() -> AsyncIterator[tuple[Ring, StandIn]]:
+    """A ring whose kernel completes nothing until told."""
+    kernel = StandIn()
+    kernel.held = True
+    made = Ring(kernel)
+    yield made, kernel
+    kernel.release()
+    await made.idle()
+    made.close()
+    made.close()  # nothing more
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Iterator[int]:
+    path = tmp_path / "disk0"
+    path.write_bytes(random.Random(1).randbytes(SIZE))
+    fd = os.open(path, os.O_RDWR)
+    yield fd
+    os.close(fd)
+
+
+def forget_cached(fd: int) -> None:
+    os.fsync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+async def turns(count: int) -> None:
+    for _ in range(count):
+        await asyncio.sleep(0)
+
+
+async def test_it_reads_what_is_there_and_tells_how_much(ring: Ring, file: int) -> None:
+    lane, expected = RingLane(), os.pread(file, SIZE, 0)
+    forget_cached(file)
+    offsets = random.Random(2).sample(range(0, SIZE - 4096, 512), 300)
+    buffers = [bytearray(4096) for _ in offsets]
+    reads = [ring.read(lane, file, buffer, offset) for buffer, offset in zip(buffers, offsets, strict=True)]
+    assert await asyncio.gather(*reads) == [4096] * 300
+    for buffer, offset in zip(buffers, offsets, strict=True):
+        assert buffer == expected[offset : offset + 4096]
+    assert await ring.read(lane, file, bytearray(4096), SIZE - 100) == 100
+    assert await ring.read(lane, file, bytearray(4096), SIZE) == 0
+    closed = os.dup(file)
+    os.close(closed)
+    assert await ring.read(lane, closed, bytearray(1), 0) == -errno.EBADF
+    assert lane.running == 0
+
+
+async def test_a_lane_has_no_more_than_its_limit_under_way_and_the_rest_in_order(
+    held: tuple[Ring, StandIn], file: int
+) -> None:
+    ring, kernel = held
+    lane, done = RingLane(), list[int]()
+
+    async def read(number: int) -> None:
+        await ring.read(lane, file, bytearray(1), number)
+        done.append(number)
+
+    tasks = [asyncio.create_task(read(number)) for number in range(LANE_LIMIT + 8)]
+    await turns(3)
+    assert [offset for _, _, offset, _ in kernel.submitted] == list(range(LANE_LIMIT))
+    ring.read(RingLane(), file, bytearray(1), 999)
+    assert [offset for _, _, offset, _ in kernel.prepared] == [999], "another lane has its own share"
+    kernel.release()
+    await asyncio.gather(*tasks)
+    assert done == list(range(LANE_LIMIT + 8))
+    assert lane.running == 0
+
+
+async def test_what_is_asked_in_one_turn_of_the_loop_is_one_call(held: tuple[Ring, StandIn], file: int) -> None:
+    ring, kernel = held
+    for count in (1, 16, 20):
+        for _ in range(count):
+            ring.read(RingLane(), file, bytearray(1), 0)
+        await turns(3)
+    assert kernel.batches == [1, 16, 20]
+
+
+async def test_a_cancelled_waiter_is_told_only_when_the_kernel_has_let_go(
+    held: tuple[Ring, StandIn], file: int
+) -> None:
+    ring, kernel = held
+    lane, told = RingLane(), list[int]()
+
+    async def work() -> None:
+        try:
+            await ring.read(lane, file, bytearray(1), 0)
+        finally:
+            told.append(lane.running)
+
+    waiter = asyncio.create_task(work())
+    await turns(3)
+    waiter.cancel()
+    await turns(10)
+    assert not told
+    kernel.release()
+    with pytest.raises(asyncio.CancelledError):
+        await waiter
+    assert told == [0]
+
+
+async def test_idle_waits_for_what_is_under_way_and_closing_before_that_is_a_bug(
+    held: tuple[Ring, StandIn], file: int
+) -> None:
+    ring, kernel = held
+    reads = [ring.read(RingLane(), file, bytearray(1), 0) for _ in range(3)]
+    waiting = [asyncio.create_task(ring.idle()) for _ in range(2)]
+    await turns(5)
+    assert not any(task.done() for task in waiting)
+    with pytest.raises(AssertionError):
+        ring.close()
+    kernel.release()
+    await asyncio.gather(*waiting)
+    assert all(read.done() for read in reads)
+
+
+# The pool's ring.
+
+
+async def rings(pool: Pool) -> Ring | None:
+    """The pool's ring, once it had time to be loaded."""
+    pool.ring()
+    while pool._running:
+        await asyncio.sleep(0)
+    await turns(3)
+    return pool.ring()
+
+
+@pytest.fixture
+async def pool() -> AsyncIterator[Pool]:
+    yield running_pool()
+    await running_pool().close()
+
+
+class StandInModule:
+    """Takes the place of uring_api; `made` are the rings."""
+
+    IORING_SETUP_COOP_TASKRUN = 256
+
+    def __init__(self) -> None:
+        self.made: list[StandIn] = []
+        self.refusal: OSError | None = None
+
+    def Ring(self, *arguments: int) -> StandIn:  # noqa: N802 - the name of what it stands for
+        if self.refusal is not None:
+            raise self.refusal
+        self.made.append(StandIn(*arguments))
+        return self.made[-1]
+
+
+@pytest.fixture
+def uring_api(monkeypatch: pytest.MonkeyPatch) -> StandInModule:
+    module = StandInModule()
+    monkeypatch.delenv(SWITCH_VARIABLE, raising=False)
+    monkeypatch.setitem(sys.modules, "uring_api", module)
+    return module
+
+
+async def test_a_pool_has_one_ring_and_closes_it(uring_api: StandInModule, file: int) -> None:
+    pool = Pool()
+    assert pool.ring() is None, "nobody waits for it to be loaded"
+    ring = await rings(pool)
+    assert ring is not None
+    assert await rings(pool) is ring
+    (kernel,) = uring_api.made
+    kernel.held = True
+    read = ring.read(RingLane(), file, bytearray(1), 0)
+    closing = asyncio.create_task(pool.close())
+    await turns(5)
+    assert not closing.done()
+    kernel.release()
+    await closing
+    assert read.done()
+    assert kernel.closed
+    await pool.close()
+
+
+async def test_a_pool_that_is_closed_while_its_ring_is_loaded_gets_none(uring_api: StandInModule) -> None:
+    pool = Pool()
+    pool.ring()
+    await pool.close()
+    await turns(5)
+    assert all(kernel.closed for kernel in uring_api.made)
+
+
+@pytest.mark.parametrize("why", ["switched off", "not installed", "forbidden", "old kernel"])
+async def test_where_there_can_be_no_ring_there_is_none(
+    why: str, uring_api: StandInModule, monkeypatch: pytest.MonkeyPatch, pool: Pool
+) -> None:
+    match why:
+        case "switched off":
+            monkeypatch.setenv(SWITCH_VARIABLE, "off")
+        case "not installed":
+            monkeypatch.setitem(sys.modules, "uring_api", None)
+        case "forbidden":
+            uring_api.refusal = PermissionError(errno.EPERM, "Operation not permitted")
+        case "old kernel":
+            uring_api.refusal = OSError(errno.EINVAL, "Invalid argument")
+    assert await rings(pool) is None
+    assert not uring_api.made
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_a_loop_that_goes_without_closing_takes_its_ring_along(
+    run: Callable[[Coroutine[Any, Any, Any]], Any], uring_api: StandInModule
+) -> None:
+    async def main() -> weakref.ref[Pool]:
+        assert await rings(running_pool()) is not None
+        return weakref.ref(running_pool())
+
+    gone = run(main())
+    gc.collect()
+    assert gone() is None
+    os.close(uring_api.made[0].fd)
+
+
+# Files.
+
+
+@pytest.fixture(params=["stand-in", "kernel"])
+async def disk(
+    request: pytest.FixtureRequest, tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[FileStorage]:
+    """A file that the loop's ring reads where it is not cached, and none of it is, says preadv."""
+    monkeypatch.delenv(SWITCH_VARIABLE, raising=False)
+    if request.param == "stand-in":
+        monkeypatch.setitem(sys.modules, "uring_api", StandInModule())
+    else:
+        kernels_own().close()
+    assert await rings(pool) is not None
+    storage = await create_file(str(tmp_path / "disk0"), size=SIZE)
+    await storage.pwrite(0, random.Random(3).randbytes(SIZE))
+    storage._inline_read_flags = os.RWF_NOWAIT
+    yield storage
+    await storage.close()
+
+
+class Tries:
+    """Counts inline reads; says of all that they are not `cached`."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.count = 0
+        self.cached = False
+        self._real = os.preadv
+        monkeypatch.setattr(os, "preadv", self)
+
+    def __call__(self, fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
+        if flags & os.RWF_NOWAIT:
+            self.count += 1
+            if not self.cached:
+                raise BlockingIOError(errno.EAGAIN, "would block")
+        return self._real(fd, buffers, offset)
+
+
+@pytest.fixture
+def tries(monkeypatch: pytest.MonkeyPatch) -> Tries:
+    return Tries(monkeypatch)
+
+
+@pytest.fixture
+def threads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The offsets of the reads that went to a thread."""
+    offsets: list[int] = []
+    real = FileStorage._pread
+
+    def noted(storage: FileStorage, offset: int, length: int, size: int) -> Any:
+        offsets.append(offset)
+        return real(storage, offset, length, size)
+
+    monkeypatch.setattr(FileStorage, "_pread", noted)
+    return offsets
+
+
+async def test_what_is_not_cached_is_read_by_the_ring(disk: FileStorage, tries: Tries, threads: list[int]) -> None:
+    expected = random.Random(3).randbytes(SIZE)
+    for offset in range(0, SIZE, 4096):
+        assert disk.try_pread(offset, 4096) is None
+        assert await disk.pread(offset, 4096) == expected[offset : offset + 4096]
+    assert not threads
+    assert await disk.pread(0, RING_MAX_BYTES + 1) == expected[: RING_MAX_BYTES + 1]
+    assert threads == [0], "long reads are for threads"
+
+
+async def test_where_nothing_is_cached_few_reads_are_tried_inline_until_one_is(disk: FileStorage, tries: Tries) -> None:
+    async def read() -> None:
+        for _ in range(3):  # as many hands as a read goes through
+            if disk.try_pread(0, 4096) is not None:
+                return
+        await disk.pread(0, 4096)
+
+    for _ in range(200):
+        await read()
+    assert 200 // (SKIPS_MAX + 1) <= tries.count <= 200 // (SKIPS_MAX + 1) + 6
+    tries.cached = True
+    tries.count = 0
+    for _ in range(100):
+        await read()
+    assert tries.count >= 100 - SKIPS_MAX
+    tries.cached = False
+    assert disk.try_pread(0, 4096) is None
+    await disk.pread(0, 4096)
+    tries.cached = True
+    assert disk.try_pread(0, 4096) is not None, "one miss says nothing of the next read"
+
+
+@pytest.mark.parametrize("switch", ["", "off"])
+async def test_a_disk_that_hangs_is_not_asked_more_than_it_takes(
+    switch: str,
+    uring_api: StandInModule,
+    tmp_path: Path,
+    pool: Pool,
+    tries: Tries,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv(SWITCH_VARIABLE, switch)
+    assert (await rings(pool) is None) is bool(switch)
+    storage = await create_file(str(tmp_path / "disk0"), size=SIZE)
+    storage._inline_read_flags = os.RWF_NOWAIT
+    go_on = threading.Event()
+    if switch:
+        real = FileStorage._pread
+
+        def hang(storage: FileStorage, offset: int, length: int, size: int) -> Any:
+            assert go_on.wait(60)
+            return real(storage, offset, length, size)
+
+        monkeypatch.setattr(FileStorage, "_pread", hang)
+    else:
+        uring_api.made[0].held = True
+
+    async def read(offset: int) -> None:
+        assert storage.try_pread(offset, 4096) is None
+        assert await storage.pread(offset, 4096) == bytes(4096)
+
+    reads = [asyncio.create_task(read(number % 200 * 4096)) for number in range(2000)]
+    await turns(5)
+    tried = tries.count
+    go_on.set()
+    for kernel in uring_api.made:
+        kernel.release()
+    await asyncio.gather(*reads)
+    assert tried <= LANE_LIMIT
+    assert storage._reads_under_way == 0
+    await storage.close()
+
+
+async def test_what_the_ring_cannot_read_a_thread_explains(disk: FileStorage, tries: Tries, threads: list[int]) -> None:
+    data = await disk.pread(SIZE - 100, 4096)
+    assert data == random.Random(3).randbytes(SIZE)[-100:] + bytes(3996)
+    os.ftruncate(disk._fd, 4096)
+    with pytest.raises(IoError, match="the file ends at byte 4096 but had 1048576 bytes: it was cut short"):
+        await disk.pread(8192, 4096)
+    assert threads == [SIZE - 100, 8192]
+
+
+async def test_an_error_of_the_ring_is_left_to_a_thread(
+    uring_api: StandInModule, tmp_path: Path, pool: Pool, threads: list[int]
+) -> None:
+    assert await rings(pool) is not None
+    uring_api.made[0].answer = lambda res: -errno.EAGAIN
+    storage = await create_file(str(tmp_path / "disk0"), size=SIZE)
+    storage._inline_read_flags = os.RWF_NOWAIT
+    assert await storage.pread(0, 4096) == bytes(4096)
+    assert threads == [0]
+    await storage.close()
+
+
+async def test_files_in_memory_and_those_without_nowait_are_not_for_the_ring(
+    disk: FileStorage, threads: list[int]
+) -> None:
+    for flags in (0, None):
+        disk._inline_read_flags = flags
+        await disk.pread(4096, 4096)
+    assert threads == [4096, 4096]
+
+
+async def test_the_ring_does_not_tear_requests(disk: FileStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    node = FileNode("disk0", disk)
+    length = RING_MAX_BYTES
+    await node.pwrite(0, b"\x01" * length)
+    monkeypatch.setattr(FileStorage, "try_pread", lambda self, offset, length: None)
+
+    async def read() -> None:
+        data = bytes(await node.pread(0, length))
+        assert data == data[:1] * length
+
+    for step in range(100):
+        if step % 2:
+            monkeypatch.setattr(FileStorage, "try_pwrite", lambda self, offset, data: False)
+        await asyncio.gather(read(), node.pwrite(0, bytes([step + 2]) * length), read(), read())
