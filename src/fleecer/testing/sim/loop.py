@@ -20,7 +20,7 @@ can be followed in another.
 
 What of asyncio's inside is used, on 3.11 to 3.13: `BaseEventLoop._ready` (deque of handles), `_scheduled` (heap of
 timer handles), `_timer_cancelled_count` and `_stopping`; `_run_once`, `_process_events`, `_write_to_self`
-overridden; `Handle._run`, `_cancelled`, `_callback`, `TimerHandle._when`, `_scheduled`; `Task._log_traceback`,
+overridden; `Handle` and its attributes; `TimerHandle._when`, `_scheduled`; `Task._log_traceback`,
 `_log_destroy_pending`.
 """
 
@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import heapq
 import random
 import warnings
@@ -170,7 +171,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self, callback: Any, *args: Any, context: Any = None
     ) -> asyncio.Handle:
         """See asyncio."""
-        handle = asyncio.Handle(callback, args, self, context)
+        handle = _Handle(callback, args, self, context)
         self._ready.append(handle)
         return handle
 
@@ -191,18 +192,16 @@ class SimLoop(asyncio.BaseEventLoop):
 
     def _run_once(self) -> None:
         """Runs one step after the other until the loop is to stop."""
-        ready, timers = self._ready, self._scheduled
+        ready, timers, turn = self._ready, self._scheduled, self._turn
         while not self._stopping:
-            if timers or not ready:
+            if not ready or (timers and (timers[0]._when <= self._now_s or timers[0]._cancelled)):
                 self._collect_timers()
-            if not ready:
-                raise Stuck("nothing is ready and no timer is set")
+                if not ready:
+                    raise Stuck("nothing is ready and no timer is set")
             self.steps += 1
             if self.steps > self._steps_max:
                 raise TooManySteps(f"more than {self._steps_max} steps")
-            handle = self._next()
-            if not handle._cancelled:
-                self._perform(handle)
+            turn()
 
     def _collect_timers(self) -> None:
         """Makes ready what is due; where nothing is ready, whatever is due next."""
@@ -216,14 +215,37 @@ class SimLoop(asyncio.BaseEventLoop):
             self._now_s = max(self._now_s, timer._when)
             ready.append(timer)
 
-    def _next(self) -> Any:
-        """Takes out what runs now."""
+    def _turn(self) -> None:
+        """Takes out what runs now, and runs it."""
         ready = self._ready
         index = self.scheduler.choose(ready, self.steps) if len(ready) > 1 else 0
-        return _take(ready, index) if index else ready.popleft()
+        handle = _take(ready, index) if index else ready.popleft()
+        if not handle._cancelled:
+            self._perform(handle)
 
     def _perform(self, handle: Any) -> None:
-        handle._run()
+        try:
+            handle._context.run(handle._callback, *handle._args)
+        except (SystemExit, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # noqa: BLE001 - as asyncio has it
+            self.call_exception_handler({"message": f"callback {handle._callback!r} failed", "exception": error})
+
+
+class _Handle(asyncio.Handle):
+    """asyncio's own, made with less ado."""
+
+    __slots__ = ()
+
+    def __init__(self, callback: Any, args: Any, loop: SimLoop, context: Any) -> None:
+        mine: Any = self
+        mine._context = contextvars.copy_context() if context is None else context
+        mine._loop = loop
+        mine._callback = callback
+        mine._args = args
+        mine._cancelled = False
+        mine._repr = None
+        mine._source_traceback = None
 
 
 def _take(ready: deque[Any], index: int) -> Any:
@@ -329,18 +351,19 @@ class NamedLoop(SimLoop):
                 self.driver = None
         super()._collect_timers()
 
-    def _next(self) -> Any:
+    def _turn(self) -> None:
         ready = self._ready
         if self.driver is None:
-            return super()._next()
+            super()._turn()
+            return
         for handle in ready:
             if handle._cancelled:
                 ready.remove(handle)
-                return handle
+                return
         self._step += 1
         self._directed = True
         names = [self._name(handle) for handle in ready]
-        return _take(ready, self.driver.choose(names, [self._names[id(handle)][1] for handle in ready]))
+        self._perform(_take(ready, self.driver.choose(names, [self._names[id(handle)][1] for handle in ready])))
 
     def _perform(self, handle: Any) -> None:
         self.current = self._name(handle)
@@ -349,7 +372,7 @@ class NamedLoop(SimLoop):
             self.order.append(self.current)
             if self.current in self._before:
                 self._count_down(self.current)
-        handle._run()
+        super()._perform(handle)
         if self._directed and self.driver is not None:
             self.driver.stepped()
         self._directed = False

@@ -16,6 +16,7 @@ counted in calls and returns, not seconds: what returned before something was ca
 from __future__ import annotations
 
 import dataclasses
+import functools
 import struct
 from collections.abc import Callable, Iterable
 
@@ -27,6 +28,7 @@ class Violation(AssertionError):
     """The program did what no order of events allows."""
 
 
+@functools.lru_cache(1 << 12)
 def stamp(number: int, sector: int) -> bytes:
     """A sector's content as written by write `number` (0: zeroes)."""
     if not number:
@@ -122,7 +124,7 @@ class History:
         """Raises Violation unless the disk may read as `data` after a power cut at that moment of `clock`."""
         for sector, found in _stamps(0, data):
             begun = [change for change in self._of[sector] if change.begun_at <= moment]
-            durable = _last_begun(c for c in begun if c.durable_at is not None and c.durable_at <= moment)
+            durable = _last_begun([c for c in begun if c.durable_at is not None and c.durable_at <= moment])
             allowed = {c.number for c in begun if c.ended is None or c.ended >= durable}
             if found not in allowed:
                 raise Violation(f"sector {sector} reads as write {found} after a cut; allowed: {sorted(allowed)}")
@@ -130,7 +132,7 @@ class History:
     def allowed(self, sector: int, began: int) -> set[int]:
         """What a read of the sector may give that was called at `began` and returns now."""
         changes = self._of[sector]
-        over = _last_begun(c for c in changes if c.ended is not None and c.ended < began)
+        over = _last_begun([c for c in changes if c.ended is not None and c.ended < began])
         return {c.number for c in changes if c.ended is None or c.ended >= over}
 
     def check_read(self, offset: int, data: bytes, began: int) -> None:
@@ -149,7 +151,7 @@ class History:
         self.tick()
         image = []
         for changes in self._of:
-            over = _last_begun(c for c in changes if c.ended is not None)
+            over = _last_begun([c for c in changes if c.ended is not None])
             image.append(
                 {
                     c.number
@@ -184,9 +186,9 @@ class SnapshotOracle:
         self._image[sector] = {found}
 
 
-def _last_begun(changes: Iterable[Change]) -> int:
+def _last_begun(changes: list[Change]) -> int:
     """When the last of those was called that certainly replace what was there: all that ended before is gone."""
-    return max((c.began for c in changes if not c.keeps), default=0)
+    return max([c.began for c in changes if not c.keeps], default=0)
 
 
 def _stamps(offset: int, data: bytes) -> Iterable[tuple[int, int]]:

@@ -31,6 +31,7 @@ from fleecer.jobs import BackupJob, BackupRequest, JobTable, start_backups
 from fleecer.net.nbd_client import NbdClient
 from fleecer.ranges import Buffer
 from fleecer.testing.sim.disk import STALL_S, Faults, Latency, SimDisk
+from fleecer.testing.sim.loop import SimLoop
 from fleecer.testing.sim.oracle import SECTOR_BYTES, Change, History, SnapshotOracle, Violation, stamp
 from fleecer.testing.streams import memory_streams
 
@@ -433,9 +434,10 @@ class World:
 
     async def _all_has_ended(self) -> None:
         """What was given up may go on for minutes, but not for ever."""
-        me = asyncio.current_task()
+        me, loop = asyncio.current_task(), asyncio.get_running_loop()
+        assert isinstance(loop, SimLoop), "a world lives in a simulation"
         for _ in range(100):
-            others = [task for task in asyncio.all_tasks() if task is not me]
+            others = [task for task in loop.unfinished() if task is not me]
             if not others:
                 return
             await asyncio.sleep(STALL_S)
