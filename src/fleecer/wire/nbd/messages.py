@@ -1,6 +1,7 @@
 """The values that both roles exchange with their owner: exports, requests, replies; and the translation of errors.
 
-`Request` and `Reply` are made once per request on the hot path: plain slots, no checks, no properties.
+`Request` and `Reply` are made once per request on the hot path: structures that are made in C, which cannot be in a
+reference cycle, without checks or properties.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from typing import Protocol
+
+import msgspec
 
 from fleecer.errors import NotFound, UsageError, quoted
 from fleecer.ranges import Buffer, is_power_of_two
@@ -136,7 +139,7 @@ class Catalogue(Protocol):
         """
 
 
-class Request:
+class Request(msgspec.Struct, gc=False, eq=False):
     """One request of a client.
 
     command, flags  CMD_* and CMD_FLAG_* of `constants`; the flags were checked, and FUA is legal on every command
@@ -147,21 +150,18 @@ class Request:
     answered        set by the codec with the final reply
     """
 
-    __slots__ = ("answered", "command", "cookie", "data", "error", "flags", "length", "message", "offset")
-
-    def __init__(self, command: int, flags: int, cookie: int, offset: int, length: int, data: Buffer = b"") -> None:
-        self.command = command
-        self.flags = flags
-        self.cookie = cookie
-        self.offset = offset
-        self.length = length
-        self.data = data
-        self.error = 0
-        self.message = ""
-        self.answered = False
+    command: int
+    flags: int
+    cookie: int
+    offset: int
+    length: int
+    data: Buffer = b""
+    error: int = 0
+    message: str = ""
+    answered: bool = False
 
 
-class Reply:
+class Reply(msgspec.Struct, gc=False, eq=False):
     """The outcome of a request that a client sent; while the request is in flight, its state inside the codec.
 
     cookie, command, flags, offset, length  as sent
@@ -172,32 +172,17 @@ class Reply:
     chunks          content chunks received so far
     """
 
-    __slots__ = (
-        "chunks",
-        "command",
-        "cookie",
-        "data",
-        "error",
-        "extents",
-        "flags",
-        "length",
-        "message",
-        "offset",
-        "pieces",
-    )
-
-    def __init__(self, command: int, flags: int, cookie: int, offset: int, length: int) -> None:
-        self.command = command
-        self.flags = flags
-        self.cookie = cookie
-        self.offset = offset
-        self.length = length
-        self.error = 0
-        self.message = ""
-        self.data = bytearray()
-        self.extents: dict[str, list[tuple[int, int]]] = {}
-        self.pieces: list[tuple[int, int]] = []
-        self.chunks = 0
+    command: int
+    flags: int
+    cookie: int
+    offset: int
+    length: int
+    error: int = 0
+    message: str = ""
+    data: bytearray = msgspec.field(default_factory=bytearray)
+    extents: dict[str, list[tuple[int, int]]] = msgspec.field(default_factory=dict)
+    pieces: list[tuple[int, int]] = msgspec.field(default_factory=list)
+    chunks: int = 0
 
 
 def error_value(errno_code: int, command: int, flags: int) -> int:
