@@ -134,13 +134,13 @@ MUTANTS = [
             for copy in mine:
                 if copy.error is not None and copy.fails_change:
                     raise copy.error
-                since_s = max(since_s, copy.done_at_s)
+                since_s = max(since_s, copy.over_at_s)
             if under_way := self._under_way(first, end):
                 now_s = loop.time()
                 self._look_for_late(under_way, since_s, now_s, offset, length)
                 if under_way[0] in self._copies:
                     await _done_in_time(under_way[0].ended(), self._next_deadline(since_s, now_s))
-                    since_s = max(since_s, *(copy.done_at_s for copy in (*under_way, *mine)))
+                since_s = max(since_s, *(copy.over_at_s for copy in (*under_way, *mine)))
             elif self._newest is None or self._settled.all(first, end):
                 break
             else:
@@ -155,13 +155,13 @@ MUTANTS = [
             for copy in mine:
                 if copy.error is not None and copy.fails_change:
                     raise copy.error
-                since_s = max(since_s, copy.done_at_s)
+                since_s = max(since_s, copy.over_at_s)
             if under_way := self._under_way(first, end):
                 now_s = loop.time()
                 self._look_for_late(under_way, since_s, now_s, offset, length)
                 if under_way[0] in self._copies:
                     await _done_in_time(under_way[0].ended(), self._next_deadline(since_s, now_s))
-                    since_s = max(since_s, *(copy.done_at_s for copy in (*under_way, *mine)))
+                since_s = max(since_s, *(copy.over_at_s for copy in (*under_way, *mine)))
             elif self._newest is None or self._settled.all(first, end):
                 break
             else:
@@ -184,10 +184,10 @@ MUTANTS = [
         "no-look-after-a-failed-copy",
         _COPIER,
         """
-                    since_s = max(since_s, *(copy.done_at_s for copy in (*under_way, *mine)))
+                since_s = max(since_s, *(copy.over_at_s for copy in (*under_way, *mine)))
 """,
         """
-                    since_s = max(since_s, *(copy.done_at_s for copy in (*under_way, *mine)))
+                since_s = max(since_s, *(copy.over_at_s for copy in (*under_way, *mine)))
                 if under_way[0].error is not None:
                     break
 """,
@@ -331,7 +331,7 @@ MUTANTS = [
         "all-break-for-one-scratch",
         _COPIER,
         """
-            self._copy_failed(copy, error, self._needing(copy.start, copy.end) if reading else [copy.snapshot])
+            self._copy_failed(copy, error, [copy.snapshot] if copy.is_read else self._needing(copy.start, copy.end))
 """,
         """
             self._copy_failed(copy, error, self._needing(copy.start, copy.end))
@@ -342,10 +342,10 @@ MUTANTS = [
         "unreadable-disk-breaks-nobody",
         _COPIER,
         """
-            self._copy_failed(copy, error, self._needing(copy.start, copy.end) if reading else [copy.snapshot])
+            self._copy_failed(copy, error, [copy.snapshot] if copy.is_read else self._needing(copy.start, copy.end))
 """,
         """
-            self._copy_failed(copy, error, [] if reading else [copy.snapshot])
+            self._copy_failed(copy, error, [copy.snapshot] if copy.is_read else [])
 """,
         "where the disk cannot be read all snapshots that need the copy break, and the change goes on",
     ),
@@ -556,5 +556,26 @@ MUTANTS = [
         return extents
 """,
         "breakage is looked at after a status, before it is used",
+    ),
+    Mutant(
+        "slow-scratch-breaks-the-older-too",
+        _COPIER,
+        "        return slow.readable and not (slow in late and self._reads_disk(slow, copy.start, copy.end))",
+        "        return True",
+        "a scratch that hangs breaks its own snapshot and no older one",
+    ),
+    Mutant(
+        "slow-scratch-waited-for-all-the-same",
+        _COPIER,
+        "            if copy.is_read and not copy.snapshot.readable:",
+        "            if False:",
+        "a copy to the scratch of a snapshot that broke is made anew for those that need it",
+    ),
+    Mutant(
+        "no-time-for-the-second-scratch",
+        _COPIER,
+        "                copy.over_at_s = now_s",
+        "                pass",
+        "a snapshot has all its time for its own scratch once another's was given up",
     ),
 ]

@@ -23,7 +23,8 @@ Invariants:
   fails, and every snapshot is whole. Otherwise those concerned break: where the disk could not be read, all that need
   the copy; where a scratch could not be written, the one whose scratch it is, and older ones try their own.
 - A change waits for a snapshot's sake as long as copies for the change go on to end well, and no longer than that
-  snapshot's `timeout_s` after the last.
+  snapshot's `timeout_s` after the last. Where it is another's scratch that holds a copy up, that one breaks when it is
+  late, and the copy is made anew, for which the others have all their time.
 """
 
 from __future__ import annotations
@@ -95,6 +96,11 @@ class Snapshot:
         self.broken: SnapshotBroken | None = None
         self.on_broken: Callable[[Snapshot], None] | None = None
 
+    @property
+    def readable(self) -> bool:
+        """Whether it has neither broken nor ended."""
+        return self.living and self.broken is None
+
     def hold(self, first: int, end: int, *, blank: bool) -> None:
         """The scratch has these clusters now; `blank` if they are zeroes."""
         if blank:
@@ -112,10 +118,11 @@ class Snapshot:
 class _Copy:
     """One run of clusters on its way into a scratch.
 
-    `done_at_s` is when it ended well, in the loop's time; `fails_change` that its error is that of the guest's change.
+    `is_read` says that only the scratch is still to take it; `over_at_s` when it ended well, in the loop's time, or was
+    given up for the scratch's slowness; `fails_change` that its error is that of the guest's change.
     """
 
-    __slots__ = ("done_at_s", "end", "error", "fails_change", "given_up", "snapshot", "start", "waiters")
+    __slots__ = ("end", "error", "fails_change", "given_up", "is_read", "over_at_s", "snapshot", "start", "waiters")
 
     def __init__(self, start: int, end: int, snapshot: Snapshot) -> None:
         self.start = start
@@ -124,7 +131,8 @@ class _Copy:
         self.error: FleecerError | None = None
         self.fails_change = False
         self.given_up = False
-        self.done_at_s = 0.0
+        self.is_read = False
+        self.over_at_s = 0.0
         self.waiters: list[asyncio.Future[bool]] = []
 
     def ended(self) -> asyncio.Future[bool]:
@@ -230,7 +238,7 @@ class Copier:
 
     def break_snapshot(self, snapshot: Snapshot, cause: str) -> None:
         """Gives a snapshot up. Its reads fail from now on, those in flight included; the disk is not affected."""
-        if snapshot.broken is not None or not snapshot.living:
+        if not snapshot.readable:
             return
         snapshot.broken = SnapshotBroken(snapshot.name, cause)
         self._look_again()
@@ -349,13 +357,13 @@ class Copier:
             for copy in mine:
                 if copy.error is not None and copy.fails_change:
                     raise copy.error
-                since_s = max(since_s, copy.done_at_s)
+                since_s = max(since_s, copy.over_at_s)
             if under_way := self._under_way(first, end):
                 now_s = loop.time()
                 self._look_for_late(under_way, since_s, now_s, offset, length)
                 if under_way[0] in self._copies:
                     await _done_in_time(under_way[0].ended(), self._next_deadline(since_s, now_s))
-                    since_s = max(since_s, *(copy.done_at_s for copy in (*under_way, *mine)))
+                since_s = max(since_s, *(copy.over_at_s for copy in (*under_way, *mine)))
             elif self._newest is None or self._settled.all(first, end):
                 break
             else:
@@ -429,12 +437,14 @@ class Copier:
         start = copy.start * self.cluster_size_bytes
         length = min(copy.end * self.cluster_size_bytes, self.source.size) - start
         scratch = copy.snapshot.scratch
-        reading = True
         try:
             data = await self.source.pread(start, length)
             if copy.given_up:
                 return  # and the scratch may be gone
-            reading = False
+            if copy.snapshot.broken is not None:
+                self._give_up(copy)  # its scratch may be what broke it
+                return
+            copy.is_read = True
             blank = is_zero(data)
             if not blank:
                 await scratch.pwrite(start, data, serialising=copy.snapshot.serialising)
@@ -442,14 +452,14 @@ class Copier:
             elif not copy.snapshot.fresh:
                 await scratch.zero(start, length, serialising=copy.snapshot.serialising)
         except FleecerError as error:
-            self._copy_failed(copy, error, self._needing(copy.start, copy.end) if reading else [copy.snapshot])
+            self._copy_failed(copy, error, [copy.snapshot] if copy.is_read else self._needing(copy.start, copy.end))
         except BaseException:
             bug = IoError(errno.EIO, scratch.node.name, "copy", start, length, "internal error")
             self._copy_failed(copy, bug, self._needing(copy.start, copy.end))
             raise
         else:
             if not copy.given_up:
-                copy.done_at_s = asyncio.get_running_loop().time()
+                copy.over_at_s = asyncio.get_running_loop().time()
                 copy.snapshot.hold(copy.start, copy.end, blank=blank)
                 self._copies.remove(copy)
                 copy.wake()
@@ -464,7 +474,7 @@ class Copier:
             return
         self._copies.remove(copy)
         self._look_again()
-        concerned = [snapshot for snapshot in concerned if snapshot.living and snapshot.broken is None]
+        concerned = [snapshot for snapshot in concerned if snapshot.readable]
         copy.fails_change = any(snapshot.on_error == "break-guest-write" for snapshot in concerned)
         for snapshot in () if copy.fails_change else concerned:
             advice = "; free space there, or keep it elsewhere (scratch-dir)" if error.errno in _NO_SPACE else ""
@@ -479,20 +489,35 @@ class Copier:
     def _look_for_late(self, copies: list[_Copy], since_s: float, now_s: float, offset: int, length: int) -> None:
         """Ends the wait for copies, for those snapshots that need one and have waited long enough since `since_s`.
 
-        Raises IoError (ETIMEDOUT), with nothing broken, where one of them has the guest's change fail.
+        A copy that only the scratch of one of those still holds up is given up with that one alone. Raises IoError
+        (ETIMEDOUT), with nothing broken, where one of them has the guest's change fail.
         """
         late = [s for s in self._readable() if s.timeout_s and since_s + s.timeout_s <= now_s]
         for snapshot in sorted(late, key=_gives_way):
-            needed = next((copy for copy in copies if self._reads_disk(snapshot, copy.start, copy.end)), None)
-            if needed is not None:
-                what = f"copying its old data to {needed.snapshot.scratch.node.name} took longer than"
+            late_for = next((copy for copy in copies if self._gives_way_to(snapshot, copy, late)), None)
+            if late_for is not None:
+                what = f"copying its old data to {late_for.snapshot.scratch.node.name} took longer than"
                 self._change_timed_out(snapshot, what, offset, length)
         for copy in copies if late else ():
-            if copy in self._copies and not self._needing(copy.start, copy.end):
+            if copy not in self._copies:
+                continue
+            if copy.is_read and not copy.snapshot.readable:
+                copy.over_at_s = now_s
+                self._give_up(copy)
+            elif not self._needing(copy.start, copy.end):
                 self._give_up(copy)
 
+    def _gives_way_to(self, snapshot: Snapshot, copy: _Copy, late: list[Snapshot]) -> bool:
+        """Whether a late snapshot has to give way because of this copy: unless it is only for another one's scratch."""
+        if not self._reads_disk(snapshot, copy.start, copy.end):
+            return False
+        slow = copy.snapshot
+        if slow is snapshot or not copy.is_read:
+            return True
+        return slow.readable and not (slow in late and self._reads_disk(slow, copy.start, copy.end))
+
     def _reader_timed_out(self, snapshot: Snapshot, offset: int, length: int) -> None:
-        if snapshot.broken is None and snapshot.living:
+        if snapshot.readable:
             self._change_timed_out(snapshot, "a read of the disk for it took longer than", offset, length)
 
     def _change_timed_out(self, snapshot: Snapshot, what: str, offset: int, length: int) -> None:
@@ -575,7 +600,7 @@ class Copier:
             await under_way[0].ended()
 
     def _readable(self) -> list[Snapshot]:
-        return [s for s in self._snapshots if s.living and s.broken is None]
+        return [s for s in self._snapshots if s.readable]
 
     def _runs(self, snapshot: Snapshot, first: int, end: int) -> list[tuple[Snapshot | None, int, int]]:
         """The range, less what was revoked, as runs of (holder or None for the disk, first, end)."""

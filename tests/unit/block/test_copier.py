@@ -461,13 +461,81 @@ async def test_each_snapshot_is_waited_for_as_long_as_it_says(clock: Clock) -> N
     held = fault.hold("write")
     writing = asyncio.ensure_future(world.top.pwrite(0, b"new"))
     await held.reached()
-    await clock.advance(6.0)
+    await clock.advance(4.0)
+    assert not is_broken(newer)
+    await clock.advance(2.0)
     assert newer.fleece.snapshot.broken is not None
     assert "took longer than 5 s" in newer.fleece.snapshot.broken.cause
-    assert not writing.done()
-    held.release()  # the copy is for the older one too
     await writing
     await world.check_whole(older)
+    held.release()
+    await turns()
+    await world.check_whole(older)
+
+
+@pytest.mark.parametrize("older_policy", [LENIENT, STRICT])
+async def test_a_scratch_that_hangs_breaks_no_older_snapshot_that_has_a_good_one(
+    older_policy: Policy, clock: Clock
+) -> None:
+    world = World()
+    older, newer, fault = await take_pair(world, older_policy, LENIENT)
+    fault.hold("write", 0, CLUSTER)
+    held = fault.hold("write", CLUSTER, CLUSTER)
+    changes = [asyncio.ensure_future(world.top.pwrite(0, b"one"))]
+    await clock.advance(1.0)
+    changes.append(asyncio.ensure_future(world.top.pwrite(CLUSTER, b"two")))  # late a second later: has its time too
+    await held.reached()
+    await clock.advance(LENIENT[1] + 5.0)
+    await asyncio.gather(*changes)
+    assert is_broken(newer)
+    await world.check_whole(older)
+    assert older.fleece.snapshot.done.count() == 2
+
+
+async def test_the_scratch_of_a_snapshot_that_broke_or_ended_breaks_no_older_one(clock: Clock) -> None:
+    for ended in (False, True):
+        world = World()
+        older, newer, fault = await take_pair(world, LENIENT, LENIENT)
+        await world.top.pwrite(0, b"first")  # kept for the older one
+        held = fault.hold("write", CLUSTER, CLUSTER)
+        writing = asyncio.ensure_future(world.top.pwrite(CLUSTER, b"new"))
+        await held.reached()
+        copier = newer.fleece.copier
+        if ended:
+            assert not copier.retire(newer.fleece.snapshot)
+        else:
+            copier.break_snapshot(newer.fleece.snapshot, "as a test wants it")
+        await clock.advance(LENIENT[1] + 1.0)
+        await writing
+        held.release()
+        await turns()
+        await world.check_whole(older)
+        assert older.fleece.snapshot.done.count() == 1
+
+
+async def test_a_slow_disk_is_no_fault_of_the_newest_scratch(clock: Clock) -> None:
+    world, slow = world_on_faulty_disk()
+    older, newer = await world.take(timeout_s=5.0), await world.take(timeout_s=5.0)
+    held = slow.hold("read")
+    writing = asyncio.ensure_future(world.top.pwrite(0, b"new"))
+    await held.reached()
+    await clock.advance(6.0)
+    assert (is_broken(older), is_broken(newer)) == (True, True)
+    held.release()
+    await writing
+
+
+async def test_what_is_read_only_when_its_snapshot_has_broken_goes_to_an_older_ones_scratch() -> None:
+    world, slow = world_on_faulty_disk()
+    older, newer = await world.take(), await world.take()
+    held = slow.hold("read")
+    writing = asyncio.ensure_future(world.top.pwrite(0, b"new"))
+    await held.reached()
+    newer.fleece.copier.break_snapshot(newer.fleece.snapshot, "as a test wants it")
+    held.release()
+    await writing
+    await world.check_whole(older)
+    assert older.fleece.snapshot.done.count() == 1
 
 
 def is_broken(taken: Taken) -> bool:
@@ -528,7 +596,7 @@ async def test_a_change_of_which_any_copy_is_late_for_a_snapshot_that_says_so_fa
         await world.check_whole(taken)
 
 
-async def test_a_snapshot_whose_time_was_up_before_a_copy_for_it_began_is_not_waited_for(
+async def test_a_snapshots_time_begins_anew_when_the_scratch_that_held_a_change_up_is_given_up(
     clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for limit in ("COPY_MAX_BYTES", "COPIES_MAX_BYTES"):
@@ -542,10 +610,10 @@ async def test_a_snapshot_whose_time_was_up_before_a_copy_for_it_began_is_not_wa
     held = [newer_fault.hold("write"), fault.hold("write")]
     writing = asyncio.ensure_future(world.top.pwrite(0, b"new" * CLUSTER))
     await turns()
-    await clock.advance(6.0)
-    assert not is_broken(older)  # what is being copied, it has already
-    await clock.advance(15.0)
+    await clock.advance(21.0)
     assert is_broken(newer)
+    assert not is_broken(older)  # what was being copied, it has already; its own scratch has all its time
+    await clock.advance(5.0)
     assert is_broken(older)
     await writing
     for hold in held:
@@ -555,17 +623,23 @@ async def test_a_snapshot_whose_time_was_up_before_a_copy_for_it_began_is_not_wa
 
 async def test_a_change_fails_as_soon_as_a_snapshot_that_says_so_has_waited_long_enough(clock: Clock) -> None:
     world = World()
-    older, newer, fault = await take_pair(world, ("break-guest-write", 20.0), ("break-snapshot", 5.0))
-    held = fault.hold("write")
+    own_fault, scratch = faulty(world, "own", world.scratch()[0])
+    older = await world.take(scratch=scratch, on_error="break-guest-write", timeout_s=20.0)
+    fault, scratch = faulty(world, "faulty", world.scratch()[0])
+    newer = await world.take(scratch=scratch, timeout_s=5.0)
+    held = [fault.hold("write"), own_fault.hold("write")]
     writing = asyncio.ensure_future(world.top.pwrite(0, b"new"))
-    await held.reached()
+    await held[0].reached()
     await clock.advance(6.0)
     assert newer.fleece.snapshot.broken is not None
+    await held[1].reached()
+    await clock.advance(18.0)
     assert not writing.done()
-    await clock.advance(15.0)
-    with pytest.raises(IoError, match="took longer than 20 s"):
+    await clock.advance(2.0)
+    with pytest.raises(IoError, match="copying its old data to own took longer than 20 s"):
         await writing
-    held.release()
+    for hold in held:
+        hold.release()
     await turns()
     await world.top.pwrite(0, b"new")
     await world.check_whole(older)

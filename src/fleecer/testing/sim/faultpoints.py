@@ -239,7 +239,7 @@ def _judge(point: FaultPoint, world: World) -> None:
             raise Violation(f"{held.name} is broken and does not say why")
         if gives_way or point.way in ("short", "cancel"):
             raise Violation(f"{held.name} broke for nothing: {broken.cause}")
-        if not own and point.way != "stall" and not point.disk.endswith(f"-{held.name}"):
+        if not own and not point.disk.endswith(f"-{held.name}"):
             raise Violation(f"{held.name} broke for what {point.disk} did: {broken.cause}")
 
 
