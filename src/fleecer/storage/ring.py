@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import errno
 import os
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ SWITCH_VARIABLE = "FLEECER_IO_URING"
 LANE_LIMIT = 24
 """Reads of one file under way at once. Even plain disks take 31; whoever asks for more is put to sleep."""
 
+_BUSY_S = 0.001
 _ENTRIES = 256  # reads begun in one turn of the loop without a call for some of them alone
 
 
@@ -90,8 +92,12 @@ class Ring:
             self._ring.close()
 
     def _begin(self, read: _Read) -> None:
-        _, lane, fd, buffer, offset = read
-        self._ring.prepare_read(fd, buffer, offset, read)
+        result, lane, fd, buffer, offset = read
+        try:
+            self._ring.prepare_read(fd, buffer, offset, read)
+        except (OSError, RuntimeError):  # the kernel takes no more just now; whoever asked has other ways
+            result.set_result(-errno.EAGAIN)
+            return
         lane.running += 1
         self._running += 1
         if not self._is_turn_due:
@@ -100,13 +106,19 @@ class Ring:
 
     def _turn(self) -> None:
         """Hands the kernel what was begun, hands out what is done, and begins what waited for that."""
+        try:
+            completions = self._ring.wait(0) or ()
+        except OSError:  # it is busy: what was begun is still with us, and nobody else would ask again
+            self._is_turn_due = True
+            asyncio.get_running_loop().call_later(_BUSY_S, self._turn)
+            return
         self._is_turn_due = False
-        for completion in self._ring.wait(0) or ():
+        for completion in completions:
             read: Any = completion.take_user_data()
             result, lane = read[:2]
             lane.running -= 1
             self._running -= 1
-            if lane.waiting:
+            while lane.waiting and lane.running < LANE_LIMIT:
                 self._begin(lane.waiting.popleft())
             result.set_result(completion.res)
         if self._idle is not None and not self._running:

@@ -178,6 +178,43 @@ async def test_what_is_asked_in_one_turn_of_the_loop_is_one_call(held: tuple[Rin
     assert kernel.batches == [1, 16, 20]
 
 
+async def test_a_read_that_the_kernel_does_not_take_is_answered_with_an_error_number(
+    held: tuple[Ring, StandIn], file: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ring, kernel = held
+    lane = RingLane()
+    reads = [ring.read(lane, file, bytearray(1), 0) for _ in range(3 * LANE_LIMIT)]  # most of them wait
+    await turns(3)
+
+    def full(*_: object) -> None:
+        raise OSError(errno.EBUSY, "Device or resource busy")
+
+    monkeypatch.setattr(kernel, "prepare_read", full)
+    assert await ring.read(RingLane(), file, bytearray(1), 0) == -errno.EAGAIN
+    kernel.release()
+    assert await asyncio.gather(*reads) == [1] * LANE_LIMIT + [-errno.EAGAIN] * 2 * LANE_LIMIT
+    assert lane.running == 0
+
+
+async def test_a_kernel_that_is_busy_is_asked_again(
+    held: tuple[Ring, StandIn], file: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ring, kernel = held
+    kernel.held = False
+    asked: list[float] = []
+    real = kernel.wait
+
+    def busy(timeout: float) -> list[Completion] | None:
+        asked.append(timeout)
+        if len(asked) < 4:
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return real(timeout)
+
+    monkeypatch.setattr(kernel, "wait", busy)
+    assert await ring.read(RingLane(), file, bytearray(1), 0) == 1
+    assert len(asked) >= 4
+
+
 async def test_a_cancelled_waiter_is_told_only_when_the_kernel_has_let_go(
     held: tuple[Ring, StandIn], file: int
 ) -> None:
