@@ -20,6 +20,16 @@ def test_every_read_is_allowed_under_random_schedules(batch: int) -> None:
     assert (done.schedules, done.steps > 10 * BATCH) == (BATCH, True)
 
 
+@pytest.mark.parametrize(
+    "seed",
+    [
+        917808,  # a disk that showed where it ended in the middle of a write: a read up to there was torn
+    ],
+)
+def test_what_failed_once_at_certain_times_does_not_fail_again(seed: int) -> None:
+    run_seed(seed)
+
+
 def test_the_cases_drawn_are_of_every_kind() -> None:
     drawn = [draw_case(seed) for seed in range(BATCHES * BATCH)]
     words = {operation.split()[0] for case in drawn for actor in case.actors for operation in actor}

@@ -42,8 +42,9 @@ class StorageLimits:
 class Storage(Protocol):
     """An open file or block device, or what stands for one.
 
-    `name` is what the user calls it. `size` is where it ends now, in bytes. `identity` is equal for two storages on the
-    same bytes, and for no others.
+    `name` is what the user calls it. `size` is where it ends, in bytes; a write past that counts once all of it is
+    done, so that whoever reads up to there finds the half of none. `identity` is equal for two storages on the same
+    bytes, and for no others.
     """
 
     @property

@@ -57,16 +57,12 @@ class MemoryStorage:
         self.data = bytearray(content)
         self.name = name
         self.read_only = read_only
+        self.size = len(self.data)
         self.identity = (0, next(_identities))
         self.is_block_device = False
         self.limits = limits
         self.pause = pause
         self.sync_count = 0
-
-    @property
-    def size(self) -> int:
-        """Bytes held."""
-        return len(self.data)
 
     def try_pread(self, offset: int, length: int) -> Buffer | None:
         """See `Storage.try_pread`: None where the range passes the end, and always with a pause."""
@@ -79,6 +75,7 @@ class MemoryStorage:
         if self.pause is not None:
             return False
         self._put(offset, data)
+        self.size = max(self.size, offset + len(data))
         return True
 
     async def pread(self, offset: int, length: int) -> Buffer:
@@ -98,6 +95,7 @@ class MemoryStorage:
             await self._paused()
             self._put(start, view[start - offset : stop - offset])
         await self._paused()
+        self.size = max(self.size, offset + len(view))
 
     async def zero(self, offset: int, length: int, unmap: bool) -> None:
         """See `Storage.zero`."""
@@ -123,6 +121,7 @@ class MemoryStorage:
         """See `Storage.truncate`."""
         del self.data[size:]
         self.data.extend(bytes(size - len(self.data)))
+        self.size = size
 
     async def close(self) -> None:
         """See `Storage.close`."""

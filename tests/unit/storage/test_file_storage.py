@@ -512,6 +512,29 @@ async def test_growth_never_shortens_the_file_under_another_write(storage: FileS
     assert await storage.pread(8 << 20, 4096) == b"x" * 4096
 
 
+async def test_a_write_past_the_end_counts_once_all_of_it_is_done(
+    storage: FileStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    half_way, go_on = threading.Event(), threading.Event()
+    real = os.pwrite
+
+    def by_halves(fd: int, data: Any, offset: int) -> int:
+        count = real(fd, memoryview(data)[: 4096 if offset == SIZE else len(data)], offset)
+        half_way.set()
+        assert go_on.wait(60)
+        return count
+
+    monkeypatch.setattr(os, "pwrite", by_halves)
+    writing = asyncio.ensure_future(storage.pwrite(SIZE, b"x" * 8192))
+    while not half_way.is_set():
+        await asyncio.sleep(0)
+    assert os.fstat(storage._fd).st_size == SIZE + 4096
+    assert storage.size == SIZE
+    go_on.set()
+    await writing
+    assert storage.size == SIZE + 8192
+
+
 async def test_zero_past_the_end_extends_with_zeroes(storage: FileStorage) -> None:
     await storage.pwrite(SIZE - 10, b"x" * 10)
     for unmap in (True, False):

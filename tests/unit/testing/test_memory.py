@@ -22,6 +22,16 @@ async def test_with_a_pause_reads_and_writes_of_one_range_tear_each_other() -> N
     assert torn > 5
 
 
+async def test_a_write_past_the_end_counts_once_all_of_it_is_done() -> None:
+    storage = MemoryStorage(512, pause=random_turns(1))
+    writing = asyncio.ensure_future(storage.pwrite(512, b"n" * 4096))
+    while len(storage.data) < 512 + 4096:
+        assert storage.size == 512
+        await asyncio.sleep(0)
+    await writing
+    assert storage.size == 512 + 4096
+
+
 async def test_without_a_pause_everything_is_done_inline() -> None:
     storage = MemoryStorage(4096)
     assert storage.try_pwrite(10, b"abc")

@@ -69,6 +69,24 @@ def test_a_write_in_flight_may_be_seen_in_part_and_requests_overtake_each_other(
     assert orders == {("first", "second"), ("second", "first")}
 
 
+def test_a_write_past_the_end_counts_once_all_of_it_is_done() -> None:
+    sizes: set[int] = set()
+
+    async def program(disk: SimDisk) -> None:
+        writing = asyncio.ensure_future(disk.pwrite(PAGE_BYTES, NEW))
+        while not writing.done():
+            sizes.add(disk.size)
+            assert disk.size == PAGE_BYTES or writing.done()
+            await asyncio.sleep(1e-5)
+        assert disk.size == 2 * PAGE_BYTES
+        await asyncio.gather(disk.zero(3 * PAGE_BYTES, 1, unmap=True), disk.pwrite(0, NEW))
+        assert disk.size == 3 * PAGE_BYTES + 1
+
+    for seed in range(10):
+        run(program, seed=seed)
+    assert sizes == {PAGE_BYTES}
+
+
 def test_until_a_sync_each_sector_of_a_write_may_be_on_the_medium_or_not() -> None:
     async def program(disk: SimDisk) -> None:
         await disk.pwrite(0, NEW)

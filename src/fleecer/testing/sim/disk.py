@@ -154,6 +154,7 @@ class SimDisk:
         trace: Callable[[str], None] | None = None,
     ) -> None:
         self.data = bytearray(content)
+        self.size = len(self.data)
         self.name = name
         self.read_only = False
         self.identity = (0, id(self))
@@ -173,11 +174,6 @@ class SimDisk:
         self.inline = inline
         self._breakpoints: dict[str, Breakpoint] = {}
 
-    @property
-    def size(self) -> int:
-        """Bytes held."""
-        return len(self.data)
-
     # The storage.
 
     def try_pread(self, offset: int, length: int) -> Buffer | None:
@@ -192,7 +188,7 @@ class SimDisk:
     def try_pwrite(self, offset: int, data: Buffer) -> bool:
         """See `Storage.try_pwrite`: at once, if `inline` has it so."""
         end = offset + len(data)
-        if end > len(self.data) or not self._is_inline("write"):
+        if end > self.size or not self._is_inline("write"):
             return False
         self._say(f"write {offset}+{len(data)} at once")
         write = self._submit(offset, bytes(data))
@@ -303,6 +299,7 @@ class SimDisk:
             await self._wait(self._latency())
             self._position += 1
             write.ended = self._position
+            self.size = max(self.size, end)
         finally:
             self._end(operation, offset, len(data))
 
@@ -393,6 +390,7 @@ class SimDisk:
     def _resize(self, size: int) -> None:
         del self.data[size:]
         self.data.extend(bytes(size - len(self.data)))
+        self.size = size
 
     # Power cuts.
 

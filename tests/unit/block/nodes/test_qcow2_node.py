@@ -176,7 +176,7 @@ async def test_a_place_that_held_a_table_before_is_not_read_as_that_table() -> N
     header_size = 2 * 8192 * CLUSTER
     struct.pack_into(">Q", storage.data, 24, header_size)  # two L2 tables: there is room in the L1 table's cluster
     struct.pack_into(">I", storage.data, 36, 2)
-    storage.data.extend(bytes(CLUSTER))
+    await storage.truncate(storage.size + CLUSTER)
     node = await open_image(storage)
     edge = guest(node)
     assert await edge.pread(0, CLUSTER) == OLD

@@ -73,7 +73,7 @@ async def test_a_cluster_past_the_end_is_named_with_its_place_and_the_end(
 ) -> None:
     storage, table = await filled(version=version, refcount_bits=refcount_bits)
     host = host_of(storage, table, 60)
-    del storage.data[host:]
+    await storage.truncate(host)
     text = await refusal(storage, read_only=read_only)
     assert text == (
         f"image 'disk': cluster 60 of the disk is at byte {host}, past the end of the file at {host}: {ADVICE}"
@@ -100,7 +100,7 @@ async def test_a_table_that_lost_its_end_is_refused() -> None:
     await guest(node).pwrite(0, b"x" * CLUSTER)
     await node.close()
     table = node._l1[0] & OFFSET_MASK
-    del storage.data[table + 512 :]
+    await storage.truncate(table + 512)
     text = f"the L2 table of cluster 0 of the disk ends at byte {table + CLUSTER}, past the end of the file at "
     assert f"{text}{table + 512}: {ADVICE}" in await refusal(storage)
 
@@ -109,7 +109,7 @@ async def test_a_compressed_cluster_past_the_end_is_refused() -> None:
     storage, table = await filled()
     host = host_of(storage, table, 99)
     put(storage, table + 99 * 8, COMPRESSED | host)
-    del storage.data[host:]
+    await storage.truncate(host)
     assert f"cluster 99 of the disk is at byte {host}" in await refusal(storage)
 
 
@@ -120,7 +120,8 @@ async def test_a_refcount_block_that_was_cut_off_is_no_way_to_get_by() -> None:
     # The block moves behind the data, and guest cluster 99 behind the block.
     place = len(storage.data)
     put(storage, first, place)
-    storage.data += storage.data[block : block + CLUSTER] + bytes(CLUSTER)
+    grown = storage.data[block : block + CLUSTER] + bytes(CLUSTER)
+    await storage.pwrite(storage.size, grown)
     counts = place + place // CLUSTER * 2
     storage.data[counts : counts + 4] = b"\0\1" * 2
     put(storage, table + 99 * 8, place + CLUSTER | COPIED)
@@ -136,7 +137,7 @@ async def test_refcounts_of_a_dirty_image_prove_nothing() -> None:
     kept = host // CLUSTER * 2
     storage.data[block + kept : block + CLUSTER] = bytes(CLUSTER - kept)  # not written yet when the machine stopped
     storage.data[INCOMPATIBLE_FIELD + 7] = DIRTY
-    del storage.data[host:]
+    await storage.truncate(host)
     for read_only in (True, False):
         assert f"cluster 50 of the disk is at byte {host}" in await refusal(storage, read_only=read_only)
 
@@ -155,7 +156,7 @@ async def test_counts_past_the_end_are_leaks_and_do_not_keep_an_image_from_use()
 
 async def test_zero_clusters_and_bad_entries_past_the_end_are_not_taken_for_a_cut() -> None:
     storage, table = await filled()
-    del storage.data[host_of(storage, table, 98) :]
+    await storage.truncate(host_of(storage, table, 98))
     put(storage, table + 99 * 8, host_of(storage, table, 99) | COPIED | ZERO_FLAG)
     put(storage, table + 98 * 8, 1 << 50 | 512 | COPIED)
     edge = guest(await open_image(storage))
