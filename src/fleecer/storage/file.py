@@ -34,7 +34,7 @@ from fleecer.storage.api import StorageLimits
 from fleecer.storage.locks import lock_image
 from fleecer.storage.paths import identity_of, open_unnamed, sync_directory
 from fleecer.storage.pool import Lane, running_pool
-from fleecer.storage.ring import LANE_LIMIT, RingLane
+from fleecer.storage.ring import Disk
 from fleecer.units import KiB, MiB
 
 INLINE_MAX_BYTES = 1 * MiB
@@ -50,6 +50,7 @@ EXTENTS_MAX = 256
 """Runs told in one answer of `extents`."""
 
 _BLKSSZGET = 0x1268  # linux/fs.h
+_NO_DISK = Disk()
 _CLOSED = 0x7FFFFFFF  # a descriptor that nobody has: the kernel answers EBADF
 _FILE_TYPES = {
     stat.S_IFBLK: "a block device",
@@ -117,14 +118,16 @@ class FileStorage:
     """An open regular file or block device; implements `Storage`. Made by the functions at the end of this module."""
 
     __slots__ = (
+        "_device",
+        "_disk",
         "_fd",
         "_file",
+        "_has_missed",
         "_inline_read_flags",
         "_inline_writes",
         "_lane",
         "_modes",
-        "_reads_under_way",
-        "_ring_lane",
+        "_reading",
         "_sector_bytes",
         "_skips",
         "_skips_next",
@@ -166,13 +169,14 @@ class FileStorage:
         # its way to `pread`, and none needs to try again; and where the ring reads, nothing is cheaper than not to try.
         self._skips = 0
         self._skips_next = 1
-        # A try begins to read what is not cached. A disk that hangs would in the end take no more, and put us to sleep.
-        self._reads_under_way = 0
+        self._has_missed = False  # an inline read that could have been one: the file can be read with RWF_NOWAIT
+        self._device = status.st_rdev if self.is_block_device else status.st_dev
+        self._disk = _NO_DISK  # until a read may have to wait for one
         self._inline_writes = InlineWrites()
+        self._reading = 0
         # Syncs are counted apart, so that reads need not queue behind them.
         self._lane = Lane()
         self._sync_lane = Lane(1)
-        self._ring_lane = RingLane()
 
     def __repr__(self) -> str:
         return f"FileStorage({quoted(self.name)})"
@@ -182,7 +186,7 @@ class FileStorage:
     def try_pread(self, offset: int, length: int) -> Buffer | None:
         """See `Storage.try_pread`."""
         flags = self._inline_read_flags
-        if flags is None or self._skips or length > INLINE_MAX_BYTES or self._reads_under_way >= LANE_LIMIT:
+        if flags is None or self._skips or length > INLINE_MAX_BYTES or not self._disk.may_try:
             return None
         data = bytearray(length) if length < spares.LENGTH_MIN else spares.take(length)
         try:
@@ -196,6 +200,8 @@ class FileStorage:
         # Not cached, only partly cached, past the end, or failing: `pread` finds out which.
         spares.give(data)
         self._skips = self._skips_next
+        self._has_missed = self._has_missed or flags != 0
+        self._disk.missed()
         return None
 
     def try_pwrite(self, offset: int, data: Buffer) -> bool:
@@ -226,20 +232,25 @@ class FileStorage:
         """See `Storage.pread`."""
         if self._skips:
             self._skips -= 1
-        self._reads_under_way += 1
+        pool = running_pool()
+        if self._disk is _NO_DISK:
+            self._disk = pool.disk(self._device)
+        disk = self._disk
+        disk.begin()
+        self._reading += 1
         try:
-            pool = running_pool()
-            ring = pool.ring() if self._inline_read_flags and length <= RING_MAX_BYTES else None
+            ring = pool.ring() if self._has_missed and length <= RING_MAX_BYTES else None
             if ring is not None:
                 if self._skips_next < SKIPS_MAX:
                     self._skips_next *= 2
                 data = bytearray(length)
-                if await ring.read(self._ring_lane, self._fd, data, offset) == length:
+                if await ring.read(disk, self._fd, data, offset) == length:
                     return data
                 # Past the end, or failing: a thread finds out which.
             return await pool.submit(self._lane, self._pread, offset, length, self.size)
         finally:
-            self._reads_under_way -= 1
+            self._reading -= 1
+            disk.end()
 
     async def pwrite(self, offset: int, data: Buffer) -> None:
         """See `Storage.pwrite`."""
@@ -277,7 +288,7 @@ class FileStorage:
         """See `Storage.close`."""
         if self._fd == _CLOSED:
             return
-        in_flight = self._lane.running + self._sync_lane.running + self._ring_lane.running
+        in_flight = self._reading + self._lane.running + self._sync_lane.running
         assert not in_flight, f"{self!r} was closed with {in_flight} requests in flight"
         self._fd = _CLOSED
         try:

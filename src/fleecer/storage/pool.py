@@ -20,7 +20,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar, TypeVarTuple
 
-from fleecer.storage import ring
+from fleecer.storage.ring import Disk, Ring, load, open_ring
 
 THREADS_MAX = 64
 LANE_LIMIT = 8
@@ -85,8 +85,9 @@ class Pool:
         self._running = 0
         self._idle: asyncio.Future[None] | None = None
         self._closed = False
-        self._ring: ring.Ring | None = None
+        self._ring: Ring | None = None
         self._asked_for_ring = False
+        self._disks: dict[int, Disk] = {}
         asyncio.get_running_loop().add_reader(self._bell.fd, self._collect)
         # A loop that goes away without closing its pool takes the threads with it.
         weakref.finalize(self, _dismiss, self._jobs, self._threads)
@@ -102,24 +103,29 @@ class Pool:
             lane.waiting.append(job)
         return future
 
-    def ring(self) -> ring.Ring | None:
+    def ring(self) -> Ring | None:
         """What reads without threads, where that can be done (ring.py); None also until it is loaded: ask again."""
         if not self._asked_for_ring:
             self._asked_for_ring = True
-            self.submit(Lane(), ring.load).add_done_callback(self._open_ring)
+            self.submit(Lane(), load).add_done_callback(self._open_ring)
         return self._ring
+
+    def disk(self, number: int) -> Disk:
+        """What the files on the disk of that device number share."""
+        return self._disks.setdefault(number, Disk())
 
     def _open_ring(self, loaded: asyncio.Future[bool]) -> None:
         if loaded.result() and not self._closed:
-            self._ring = ring.open_ring()
+            self._ring = open_ring()
 
     async def close(self) -> None:
         """Waits for all work submitted, then ends the threads. A second call does nothing."""
-        if self._ring is not None:
-            await self._ring.idle()
-        while self._running:
-            self._idle = self._idle or asyncio.get_running_loop().create_future()
-            await asyncio.shield(self._idle)
+        while self._running or (self._ring is not None and self._ring.busy):  # what ends in one may go on in the other
+            if self._running:
+                self._idle = self._idle or asyncio.get_running_loop().create_future()
+                await asyncio.shield(self._idle)
+            elif self._ring is not None:
+                await self._ring.idle()
         if self._closed:
             return
         self._closed = True

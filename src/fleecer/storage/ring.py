@@ -9,8 +9,9 @@ Invariants:
 - What was begun runs to its end. Its future cannot be cancelled: a waiter that is cancelled hears of it when the kernel
   has let go of the buffer.
 - Only files come here that can be read with RWF_NOWAIT. For those the kernel waits without a worker of its own, so a
-  disk that hangs holds up no other. A lane's limit is below what the kernel takes for one disk at once: beyond that
-  even asking would wait.
+  disk that hangs holds up no other.
+- Even to ask may put us to sleep: when a disk has more to do than it takes at once, as one that hangs soon has. So what
+  all files on a disk ask together, here and inline, stays below what plain disks take (`Disk`).
 """
 
 from __future__ import annotations
@@ -27,21 +28,46 @@ if TYPE_CHECKING:
 SWITCH_VARIABLE = "FLEECER_IO_URING"
 """`off` there means that there shall be no ring."""
 
-LANE_LIMIT = 24
-"""Reads of one file under way at once. Even plain disks take 31; whoever asks for more is put to sleep."""
+READS_MAX = 24
+"""Reads of one disk under way at once. Even plain disks take 31; whoever asks for more is put to sleep."""
 
+_ENDS_BETWEEN_TRIES = 64
 _BUSY_S = 0.001
 _ENTRIES = 256  # reads begun in one turn of the loop without a call for some of them alone
 
 
-class RingLane:
-    """One file's share of a ring: at most LANE_LIMIT of its reads are under way at once; the rest wait in order."""
+class Disk:
+    """What the files on one disk share: their reads in the ring, and whether reads may be tried inline (`may_try`).
 
-    __slots__ = ("running", "waiting")
+    At most READS_MAX are in the ring, the rest wait in order. A try begins to read what is not cached; so after one in
+    vain while READS_MAX are under way, the next comes only when many have ended, which on a disk that hangs none does.
+    """
+
+    __slots__ = ("_to_end", "_under_way", "may_try", "running", "waiting")
 
     def __init__(self) -> None:
         self.running = 0
         self.waiting: collections.deque[_Read] = collections.deque()
+        self.may_try = True
+        self._under_way = 0
+        self._to_end = 0
+
+    def begin(self) -> None:
+        """A read that may have to wait for the disk begins."""
+        self._under_way += 1
+
+    def end(self) -> None:
+        """It has ended."""
+        self._under_way -= 1
+        if not self.may_try:
+            self._to_end -= 1
+            self.may_try = not self._to_end or self._under_way < READS_MAX
+
+    def missed(self) -> None:
+        """A read was tried inline, in vain."""
+        if self._under_way >= READS_MAX:
+            self.may_try = False
+            self._to_end = _ENDS_BETWEEN_TRIES
 
 
 class _Result(asyncio.Future[int]):
@@ -51,7 +77,7 @@ class _Result(asyncio.Future[int]):
         return False
 
 
-_Read = tuple[_Result, RingLane, int, bytearray | memoryview, int]
+_Read = tuple[_Result, Disk, int, bytearray | memoryview, int]
 
 
 class Ring:
@@ -65,18 +91,23 @@ class Ring:
         self._idle: asyncio.Future[None] | None = None
         asyncio.get_running_loop().add_reader(ring.fd, self._turn)
 
-    def read(self, lane: RingLane, fd: int, buffer: bytearray | memoryview, offset: int) -> asyncio.Future[int]:
+    def read(self, disk: Disk, fd: int, buffer: bytearray | memoryview, offset: int) -> asyncio.Future[int]:
         """Reads into `buffer` from `offset` on; the result is how many bytes, or an error number below zero.
 
         Fewer bytes than asked for are no error, as with pread(2). Until the future is done the buffer is the kernel's.
         """
         result = _Result(loop=asyncio.get_running_loop())
-        read = (result, lane, fd, buffer, offset)
-        if lane.running < LANE_LIMIT:
+        read = (result, disk, fd, buffer, offset)
+        if disk.running < READS_MAX:
             self._begin(read)
         else:
-            lane.waiting.append(read)
+            disk.waiting.append(read)
         return result
+
+    @property
+    def busy(self) -> bool:
+        """Whether any read is under way."""
+        return self._running > 0
 
     async def idle(self) -> None:
         """Returns when all that was begun has ended, and whoever waits for it has been told."""
@@ -92,13 +123,13 @@ class Ring:
             self._ring.close()
 
     def _begin(self, read: _Read) -> None:
-        result, lane, fd, buffer, offset = read
+        result, disk, fd, buffer, offset = read
         try:
             self._ring.prepare_read(fd, buffer, offset, read)
         except (OSError, RuntimeError):  # the kernel takes no more just now; whoever asked has other ways
             result.set_result(-errno.EAGAIN)
             return
-        lane.running += 1
+        disk.running += 1
         self._running += 1
         if not self._is_turn_due:
             self._is_turn_due = True
@@ -106,6 +137,8 @@ class Ring:
 
     def _turn(self) -> None:
         """Hands the kernel what was begun, hands out what is done, and begins what waited for that."""
+        if self._ring.closed:
+            return
         try:
             completions = self._ring.wait(0) or ()
         except OSError:  # it is busy: what was begun is still with us, and nobody else would ask again
@@ -115,12 +148,12 @@ class Ring:
         self._is_turn_due = False
         for completion in completions:
             read: Any = completion.take_user_data()
-            result, lane = read[:2]
-            lane.running -= 1
+            result, disk = read[:2]
+            disk.running -= 1
             self._running -= 1
-            while lane.waiting and lane.running < LANE_LIMIT:
-                self._begin(lane.waiting.popleft())
             result.set_result(completion.res)
+            while disk.waiting and disk.running < READS_MAX:
+                self._begin(disk.waiting.popleft())
         if self._idle is not None and not self._running:
             self._idle.set_result(None)
             self._idle = None

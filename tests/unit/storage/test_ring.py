@@ -22,9 +22,10 @@ import uvloop
 
 from fleecer.block.nodes.file import FileNode
 from fleecer.errors import IoError
+from fleecer.storage import fallocate
 from fleecer.storage.file import RING_MAX_BYTES, SKIPS_MAX, FileStorage, create_file
-from fleecer.storage.pool import Pool, running_pool
-from fleecer.storage.ring import LANE_LIMIT, SWITCH_VARIABLE, Ring, RingLane
+from fleecer.storage.pool import Lane, Pool, running_pool
+from fleecer.storage.ring import READS_MAX, SWITCH_VARIABLE, Disk, Ring
 
 SIZE = 1 << 20
 
@@ -132,48 +133,48 @@ async def turns(count: int) -> None:
 
 
 async def test_it_reads_what_is_there_and_tells_how_much(ring: Ring, file: int) -> None:
-    lane, expected = RingLane(), os.pread(file, SIZE, 0)
+    disk, expected = Disk(), os.pread(file, SIZE, 0)
     forget_cached(file)
     offsets = random.Random(2).sample(range(0, SIZE - 4096, 512), 300)
     buffers = [bytearray(4096) for _ in offsets]
-    reads = [ring.read(lane, file, buffer, offset) for buffer, offset in zip(buffers, offsets, strict=True)]
+    reads = [ring.read(disk, file, buffer, offset) for buffer, offset in zip(buffers, offsets, strict=True)]
     assert await asyncio.gather(*reads) == [4096] * 300
     for buffer, offset in zip(buffers, offsets, strict=True):
         assert buffer == expected[offset : offset + 4096]
-    assert await ring.read(lane, file, bytearray(4096), SIZE - 100) == 100
-    assert await ring.read(lane, file, bytearray(4096), SIZE) == 0
+    assert await ring.read(disk, file, bytearray(4096), SIZE - 100) == 100
+    assert await ring.read(disk, file, bytearray(4096), SIZE) == 0
     closed = os.dup(file)
     os.close(closed)
-    assert await ring.read(lane, closed, bytearray(1), 0) == -errno.EBADF
-    assert lane.running == 0
+    assert await ring.read(disk, closed, bytearray(1), 0) == -errno.EBADF
+    assert disk.running == 0
 
 
-async def test_a_lane_has_no_more_than_its_limit_under_way_and_the_rest_in_order(
+async def test_a_disk_has_no_more_than_its_limit_under_way_and_the_rest_in_order(
     held: tuple[Ring, StandIn], file: int
 ) -> None:
     ring, kernel = held
-    lane, done = RingLane(), list[int]()
+    disk, done = Disk(), list[int]()
 
     async def read(number: int) -> None:
-        await ring.read(lane, file, bytearray(1), number)
+        await ring.read(disk, file, bytearray(1), number)
         done.append(number)
 
-    tasks = [asyncio.create_task(read(number)) for number in range(LANE_LIMIT + 8)]
+    tasks = [asyncio.create_task(read(number)) for number in range(READS_MAX + 8)]
     await turns(3)
-    assert [offset for _, _, offset, _ in kernel.submitted] == list(range(LANE_LIMIT))
-    ring.read(RingLane(), file, bytearray(1), 999)
-    assert [offset for _, _, offset, _ in kernel.prepared] == [999], "another lane has its own share"
+    assert [offset for _, _, offset, _ in kernel.submitted] == list(range(READS_MAX))
+    ring.read(Disk(), file, bytearray(1), 999)
+    assert [offset for _, _, offset, _ in kernel.prepared] == [999], "another disk has its own share"
     kernel.release()
     await asyncio.gather(*tasks)
-    assert done == list(range(LANE_LIMIT + 8))
-    assert lane.running == 0
+    assert done == list(range(READS_MAX + 8))
+    assert disk.running == 0
 
 
 async def test_what_is_asked_in_one_turn_of_the_loop_is_one_call(held: tuple[Ring, StandIn], file: int) -> None:
     ring, kernel = held
     for count in (1, 16, 20):
         for _ in range(count):
-            ring.read(RingLane(), file, bytearray(1), 0)
+            ring.read(Disk(), file, bytearray(1), 0)
         await turns(3)
     assert kernel.batches == [1, 16, 20]
 
@@ -182,18 +183,18 @@ async def test_a_read_that_the_kernel_does_not_take_is_answered_with_an_error_nu
     held: tuple[Ring, StandIn], file: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ring, kernel = held
-    lane = RingLane()
-    reads = [ring.read(lane, file, bytearray(1), 0) for _ in range(3 * LANE_LIMIT)]  # most of them wait
+    disk = Disk()
+    reads = [ring.read(disk, file, bytearray(1), 0) for _ in range(3 * READS_MAX)]  # most of them wait
     await turns(3)
 
     def full(*_: object) -> None:
         raise OSError(errno.EBUSY, "Device or resource busy")
 
     monkeypatch.setattr(kernel, "prepare_read", full)
-    assert await ring.read(RingLane(), file, bytearray(1), 0) == -errno.EAGAIN
+    assert await ring.read(Disk(), file, bytearray(1), 0) == -errno.EAGAIN
     kernel.release()
-    assert await asyncio.gather(*reads) == [1] * LANE_LIMIT + [-errno.EAGAIN] * 2 * LANE_LIMIT
-    assert lane.running == 0
+    assert await asyncio.gather(*reads) == [1] * READS_MAX + [-errno.EAGAIN] * 2 * READS_MAX
+    assert disk.running == 0
 
 
 async def test_a_kernel_that_is_busy_is_asked_again(
@@ -211,7 +212,7 @@ async def test_a_kernel_that_is_busy_is_asked_again(
         return real(timeout)
 
     monkeypatch.setattr(kernel, "wait", busy)
-    assert await ring.read(RingLane(), file, bytearray(1), 0) == 1
+    assert await ring.read(Disk(), file, bytearray(1), 0) == 1
     assert len(asked) >= 4
 
 
@@ -219,13 +220,13 @@ async def test_a_cancelled_waiter_is_told_only_when_the_kernel_has_let_go(
     held: tuple[Ring, StandIn], file: int
 ) -> None:
     ring, kernel = held
-    lane, told = RingLane(), list[int]()
+    disk, told = Disk(), list[int]()
 
     async def work() -> None:
         try:
-            await ring.read(lane, file, bytearray(1), 0)
+            await ring.read(disk, file, bytearray(1), 0)
         finally:
-            told.append(lane.running)
+            told.append(disk.running)
 
     waiter = asyncio.create_task(work())
     await turns(3)
@@ -242,7 +243,7 @@ async def test_idle_waits_for_what_is_under_way_and_closing_before_that_is_a_bug
     held: tuple[Ring, StandIn], file: int
 ) -> None:
     ring, kernel = held
-    reads = [ring.read(RingLane(), file, bytearray(1), 0) for _ in range(3)]
+    reads = [ring.read(Disk(), file, bytearray(1), 0) for _ in range(3)]
     waiting = [asyncio.create_task(ring.idle()) for _ in range(2)]
     await turns(5)
     assert not any(task.done() for task in waiting)
@@ -303,7 +304,7 @@ async def test_a_pool_has_one_ring_and_closes_it(uring_api: StandInModule, file:
     assert await rings(pool) is ring
     (kernel,) = uring_api.made
     kernel.held = True
-    read = ring.read(RingLane(), file, bytearray(1), 0)
+    read = ring.read(Disk(), file, bytearray(1), 0)
     closing = asyncio.create_task(pool.close())
     await turns(5)
     assert not closing.done()
@@ -370,6 +371,7 @@ async def disk(
     storage = await create_file(str(tmp_path / "disk0"), size=SIZE)
     await storage.pwrite(0, random.Random(3).randbytes(SIZE))
     storage._inline_read_flags = os.RWF_NOWAIT
+    storage._has_missed = True
     yield storage
     await storage.close()
 
@@ -453,8 +455,9 @@ async def test_a_disk_that_hangs_is_not_asked_more_than_it_takes(
 ) -> None:
     monkeypatch.setenv(SWITCH_VARIABLE, switch)
     assert (await rings(pool) is None) is bool(switch)
-    storage = await create_file(str(tmp_path / "disk0"), size=SIZE)
-    storage._inline_read_flags = os.RWF_NOWAIT
+    files = [await create_file(str(tmp_path / f"disk{number}"), size=SIZE) for number in range(3)]
+    for storage in files:
+        storage._inline_read_flags = os.RWF_NOWAIT
     go_on = threading.Event()
     if switch:
         real = FileStorage._pread
@@ -467,20 +470,83 @@ async def test_a_disk_that_hangs_is_not_asked_more_than_it_takes(
     else:
         uring_api.made[0].held = True
 
-    async def read(offset: int) -> None:
+    async def read(storage: FileStorage, offset: int) -> None:
         assert storage.try_pread(offset, 4096) is None
         assert await storage.pread(offset, 4096) == bytes(4096)
 
-    reads = [asyncio.create_task(read(number % 200 * 4096)) for number in range(2000)]
+    reads = [asyncio.create_task(read(files[number % 3], number % 200 * 4096)) for number in range(2000)]
     await turns(5)
     tried = tries.count
     go_on.set()
     for kernel in uring_api.made:
         kernel.release()
     await asyncio.gather(*reads)
-    assert tried <= LANE_LIMIT
-    assert storage._reads_under_way == 0
+    assert tried <= READS_MAX + 1
+    for storage in files:
+        await storage.close()
+
+
+async def test_reads_are_tried_inline_again_while_many_go_on_to_end(
+    uring_api: StandInModule, tmp_path: Path, pool: Pool, tries: Tries
+) -> None:
+    assert await rings(pool) is not None
+    storage = await create_file(str(tmp_path / "disk0"), size=SIZE)
+    storage._inline_read_flags = os.RWF_NOWAIT
+    at_once = 0
+
+    async def reader() -> None:
+        nonlocal at_once
+        for _ in range(300):
+            if storage.try_pread(0, 4096) is None:
+                await storage.pread(0, 4096)
+            else:
+                at_once += 1
+                await asyncio.sleep(0)
+
+    readers = [asyncio.create_task(reader()) for _ in range(4 * READS_MAX)]
+    while not tries.count or storage._disk.may_try:
+        await asyncio.sleep(0)
+    tries.cached = True  # all at once, while more than enough are under way
+    await asyncio.gather(*readers)
+    assert at_once > 150 * len(readers)
     await storage.close()
+
+
+async def test_what_was_not_seen_to_be_read_with_nowait_is_not_for_the_ring(
+    uring_api: StandInModule, tmp_path: Path, pool: Pool, threads: list[int]
+) -> None:
+    assert await rings(pool) is not None
+    storage = await create_file(str(tmp_path / "disk0"), size=SIZE)
+    await storage.pread(0, 4096)
+    assert threads == [0]
+    assert not uring_api.made[0].batches
+    await storage.close()
+
+
+async def test_a_pool_ends_what_goes_on_in_the_ring_once_a_thread_is_done(
+    uring_api: StandInModule, tmp_path: Path
+) -> None:
+    pool = Pool()
+    ring = await rings(pool)
+    assert ring is not None
+    path = tmp_path / "disk0"
+    path.write_bytes(bytes(4096))
+    fd = os.open(path, os.O_RDONLY)
+    go_on = threading.Event()
+
+    async def both() -> int:
+        await pool.submit(Lane(), go_on.wait, 60)
+        return await ring.read(Disk(), fd, bytearray(4096), 0)
+
+    reading = asyncio.create_task(both())
+    await turns(3)
+    closing = asyncio.create_task(pool.close())
+    await turns(3)
+    go_on.set()
+    await closing
+    assert await reading == 4096
+    assert uring_api.made[0].closed
+    os.close(fd)
 
 
 async def test_what_the_ring_cannot_read_a_thread_explains(disk: FileStorage, tries: Tries, threads: list[int]) -> None:
@@ -498,19 +564,33 @@ async def test_an_error_of_the_ring_is_left_to_a_thread(
     assert await rings(pool) is not None
     uring_api.made[0].answer = lambda res: -errno.EAGAIN
     storage = await create_file(str(tmp_path / "disk0"), size=SIZE)
-    storage._inline_read_flags = os.RWF_NOWAIT
+    storage._has_missed = True
     assert await storage.pread(0, 4096) == bytes(4096)
     assert threads == [0]
     await storage.close()
 
 
+@pytest.mark.parametrize("in_memory", [True, False])
 async def test_files_in_memory_and_those_without_nowait_are_not_for_the_ring(
-    disk: FileStorage, threads: list[int]
+    in_memory: bool, uring_api: StandInModule, tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for flags in (0, None):
-        disk._inline_read_flags = flags
-        await disk.pread(4096, 4096)
-    assert threads == [4096, 4096]
+    assert await rings(pool) is not None
+    storage = await create_file(str(tmp_path / "disk0"), size=SIZE)
+    real = os.preadv
+
+    def no_flags(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
+        if flags:
+            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+        return real(fd, buffers, offset)
+
+    storage._inline_read_flags = os.RWF_NOWAIT
+    monkeypatch.setattr(os, "preadv", no_flags)
+    monkeypatch.setattr(fallocate, "is_in_memory", lambda fd: in_memory)
+    for offset in (0, SIZE):  # there, and past the end: that is missed too
+        if storage.try_pread(offset, 4096) is None:
+            await storage.pread(offset, 4096)
+    assert not uring_api.made[0].batches
+    await storage.close()
 
 
 async def test_the_ring_does_not_tear_requests(disk: FileStorage, monkeypatch: pytest.MonkeyPatch) -> None:
