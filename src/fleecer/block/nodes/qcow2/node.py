@@ -587,7 +587,14 @@ class Qcow2Node(Node):
             # Bytes past the image's end are zeroes, whatever the backing node holds there.
             visible = min(stop, self.size)
             if run.clusters == 1 and not blank:
-                old = memoryview(await self._read(start, visible - start))
+                content = await self._read(start, visible - start)
+                old = memoryview(content)
+                if visible == stop and (type(content) is bytearray or spares.is_spare(content)):
+                    # What was read is ours alone, unlike constants and what is kept: no need to copy it once more.
+                    old[head : end - start] = view
+                    await self._file.pwrite(run.offset, content)
+                    spares.give(content)
+                    return
                 parts = [old[:head], view, old[end - start :]]
             else:
                 before = await self._read(start, head) if head else b""
