@@ -587,20 +587,17 @@ class Qcow2Node(Node):
             # Bytes past the image's end are zeroes, whatever the backing node holds there.
             visible = min(stop, self.size)
             if run.clusters == 1 and not blank:
-                content = await self._read(start, visible - start)
-                old = memoryview(content)
-                if visible == stop and (type(content) is bytearray or spares.is_spare(content)):
-                    # What was read is ours alone, unlike constants and what is kept: no need to copy it once more.
-                    old[head : end - start] = view
-                    await self._file.pwrite(run.offset, content)
-                    spares.give(content)
-                    return
-                parts = [old[:head], view, old[end - start :]]
-            else:
-                before = await self._read(start, head) if head else b""
-                after = await self._read(end, visible - end) if end < visible else b""
-                parts = [before, view, after]
-            parts.append(zeroes(stop - max(visible, end)))
+                whole = await self._read(start, visible - start)
+                if visible < stop or not (type(whole) is bytearray or spares.is_spare(whole)):
+                    whole = bytearray(whole) + zeroes(stop - visible)
+                # What was read is ours alone, constants and what is kept aside: no need to copy it once more.
+                memoryview(whole)[head : end - start] = view
+                await self._file.pwrite(run.offset, whole)
+                spares.give(whole)
+                return
+            before = await self._read(start, head) if head else b""
+            after = await self._read(end, visible - end) if end < visible else b""
+            parts = [before, view, after, zeroes(stop - max(visible, end))]
         await self._file.pwrite(run.offset, b"".join(parts) if parts else view)
 
     def _blank(self, entry: int) -> bool:
