@@ -1,11 +1,12 @@
 """Regular files and block devices, through the page cache.
 
-Reads of cached pages and quick writes happen on the event loop; whatever would block goes to the pool (pool.py).
+Reads of cached pages and quick writes happen on the event loop; whatever would block goes to the pool (pool.py), or,
+where that can be done, reads to the kernel's ring (ring.py).
 
 Invariants:
 - Only regular files and block devices are opened; anything else is refused before it is touched.
-- An inline read uses RWF_NOWAIT, or is on a file system in memory. A short inline read is not the end of the file: the
-  pool reads again.
+- An inline read uses RWF_NOWAIT, or is on a file system in memory. A short inline read is not the end of the file: it
+  is read again.
 - Buffers are made for each read and belong to the caller.
 - `size` never exceeds what was written or found; the file may be longer only while a write past the end is in flight.
   So if it is shorter, somebody else has cut it: what was there is an error to read, never zeroes.
@@ -31,9 +32,10 @@ from fleecer.errors import CannotOpen, IoError, UsageError, quoted
 from fleecer.ranges import Buffer, align_down, align_up
 from fleecer.storage import fallocate
 from fleecer.storage.api import StorageLimits
+from fleecer.storage.lanes import Lane
 from fleecer.storage.locks import lock_image
 from fleecer.storage.paths import identity_of, open_unnamed, sync_directory
-from fleecer.storage.pool import Lane, running_pool
+from fleecer.storage.pool import running_pool
 from fleecer.storage.ring import Disk
 from fleecer.units import KiB, MiB
 
@@ -200,7 +202,7 @@ class FileStorage:
         # Not cached, only partly cached, past the end, or failing: `pread` finds out which.
         spares.give(data)
         self._skips = self._skips_next
-        self._has_missed = self._has_missed or flags != 0
+        self._has_missed = flags != 0
         self._disk.missed()
         return None
 
@@ -226,7 +228,7 @@ class FileStorage:
             self.size = offset + length
         return True
 
-    # Through the pool.
+    # Through the ring or the pool.
 
     async def pread(self, offset: int, length: int) -> Buffer:
         """See `Storage.pread`."""
@@ -288,8 +290,8 @@ class FileStorage:
         """See `Storage.close`."""
         if self._fd == _CLOSED:
             return
-        in_flight = self._reading + self._lane.running + self._sync_lane.running
-        assert not in_flight, f"{self!r} was closed with {in_flight} requests in flight"
+        running = self._reading + self._lane.running + self._sync_lane.running
+        assert not running, f"{self!r} was closed with work in flight"
         self._fd = _CLOSED
         try:
             await running_pool().submit(self._lane, self._file.close)

@@ -22,8 +22,9 @@ from typing import Final
 
 from fleecer.errors import IoError
 from fleecer.storage.file import FileStorage
+from fleecer.storage.lanes import Lane
 from fleecer.storage.paths import open_unnamed, sync_directory
-from fleecer.storage.pool import Lane, running_pool
+from fleecer.storage.pool import running_pool
 
 _NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.EMLINK})
 _AT_FDCWD = -100

@@ -20,35 +20,17 @@ import weakref
 from collections.abc import Callable
 from typing import Any, TypeVar, TypeVarTuple
 
+from fleecer.storage.lanes import Lane, Result
 from fleecer.storage.ring import Disk, Ring, load, open_ring
 
 THREADS_MAX = 64
-LANE_LIMIT = 8
 
 T = TypeVar("T")
 Ts = TypeVarTuple("Ts")
 
 
-class _Result(asyncio.Future[T]):
-    """A future that a waiter cannot cancel; its task is told of the cancel once the result is there."""
-
-    def cancel(self, msg: Any = None) -> bool:
-        return False
-
-
-class Lane:
-    """One customer's share of a pool: at most `limit` of its functions run at once."""
-
-    __slots__ = ("limit", "running", "waiting")
-
-    def __init__(self, limit: int = LANE_LIMIT) -> None:
-        self.limit = limit
-        self.running = 0
-        self.waiting: collections.deque[_Job] = collections.deque()
-
-
-_Job = tuple[_Result[Any], Lane, Callable[..., Any], tuple[Any, ...]]
-_Outcome = tuple[_Result[Any], Lane, Any, BaseException | None]
+_Job = tuple[Result[Any], Lane, Callable[..., Any], tuple[Any, ...]]
+_Outcome = tuple[Result[Any], Lane, Any, BaseException | None]
 
 
 class _Bell:
@@ -95,7 +77,7 @@ class Pool:
     def submit(self, lane: Lane, function: Callable[[*Ts], T], *arguments: *Ts) -> asyncio.Future[T]:
         """Runs `function(*arguments)` in a thread as soon as `lane` allows; the future has its result or exception."""
         assert not self._closed, "work was submitted to a closed pool"
-        future: _Result[T] = _Result(loop=asyncio.get_running_loop())
+        future: Result[T] = Result(loop=asyncio.get_running_loop())
         job: _Job = (future, lane, function, arguments)
         if lane.running < lane.limit:
             self._dispatch(job)

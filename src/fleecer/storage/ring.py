@@ -17,10 +17,11 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
-import collections
 import errno
 import os
 from typing import TYPE_CHECKING, Any
+
+from fleecer.storage.lanes import Lane, Result
 
 if TYPE_CHECKING:
     import uring_api
@@ -36,18 +37,17 @@ _BUSY_S = 0.001
 _ENTRIES = 256  # reads begun in one turn of the loop without a call for some of them alone
 
 
-class Disk:
-    """What the files on one disk share: their reads in the ring, and whether reads may be tried inline (`may_try`).
+class Disk(Lane):
+    """What the files on one disk share: a lane of the ring, and whether reads may be tried inline (`may_try`).
 
-    At most READS_MAX are in the ring, the rest wait in order. A try begins to read what is not cached; so after one in
-    vain while READS_MAX are under way, the next comes only when many have ended, which on a disk that hangs none does.
+    A try begins to read what is not cached; so after one in vain while READS_MAX are under way, the next comes only
+    when many have ended, which on a disk that hangs none does.
     """
 
-    __slots__ = ("_to_end", "_under_way", "may_try", "running", "waiting")
+    __slots__ = ("_to_end", "_under_way", "may_try")
 
     def __init__(self) -> None:
-        self.running = 0
-        self.waiting: collections.deque[_Read] = collections.deque()
+        super().__init__(READS_MAX)
         self.may_try = True
         self._under_way = 0
         self._to_end = 0
@@ -70,14 +70,7 @@ class Disk:
             self._to_end = _ENDS_BETWEEN_TRIES
 
 
-class _Result(asyncio.Future[int]):
-    """A future that a waiter cannot cancel; its task is told of the cancel once the result is there."""
-
-    def cancel(self, msg: Any = None) -> bool:
-        return False
-
-
-_Read = tuple[_Result, Disk, int, bytearray | memoryview, int]
+_Read = tuple[Result[int], Lane, int, bytearray | memoryview, int]
 
 
 class Ring:
@@ -91,17 +84,17 @@ class Ring:
         self._idle: asyncio.Future[None] | None = None
         asyncio.get_running_loop().add_reader(ring.fd, self._turn)
 
-    def read(self, disk: Disk, fd: int, buffer: bytearray | memoryview, offset: int) -> asyncio.Future[int]:
+    def read(self, lane: Lane, fd: int, buffer: bytearray | memoryview, offset: int) -> asyncio.Future[int]:
         """Reads into `buffer` from `offset` on; the result is how many bytes, or an error number below zero.
 
         Fewer bytes than asked for are no error, as with pread(2). Until the future is done the buffer is the kernel's.
         """
-        result = _Result(loop=asyncio.get_running_loop())
-        read = (result, disk, fd, buffer, offset)
-        if disk.running < READS_MAX:
+        result = Result[int](loop=asyncio.get_running_loop())
+        read = (result, lane, fd, buffer, offset)
+        if lane.running < lane.limit:
             self._begin(read)
         else:
-            disk.waiting.append(read)
+            lane.waiting.append(read)
         return result
 
     @property
@@ -123,13 +116,13 @@ class Ring:
             self._ring.close()
 
     def _begin(self, read: _Read) -> None:
-        result, disk, fd, buffer, offset = read
+        result, lane, fd, buffer, offset = read
         try:
             self._ring.prepare_read(fd, buffer, offset, read)
         except (OSError, RuntimeError):  # the kernel takes no more just now; whoever asked has other ways
             result.set_result(-errno.EAGAIN)
             return
-        disk.running += 1
+        lane.running += 1
         self._running += 1
         if not self._is_turn_due:
             self._is_turn_due = True
@@ -148,12 +141,12 @@ class Ring:
         self._is_turn_due = False
         for completion in completions:
             read: Any = completion.take_user_data()
-            result, disk = read[:2]
-            disk.running -= 1
+            result, lane = read[:2]
+            lane.running -= 1
             self._running -= 1
             result.set_result(completion.res)
-            while disk.waiting and disk.running < READS_MAX:
-                self._begin(disk.waiting.popleft())
+            while lane.waiting and lane.running < lane.limit:
+                self._begin(lane.waiting.popleft())
         if self._idle is not None and not self._running:
             self._idle.set_result(None)
             self._idle = None

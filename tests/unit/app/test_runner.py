@@ -9,7 +9,8 @@ import pytest
 
 from fleecer.app import runner
 from fleecer.errors import UsageError
-from fleecer.storage.pool import Lane, running_pool
+from fleecer.storage.lanes import Lane
+from fleecer.storage.pool import running_pool
 
 
 @pytest.mark.parametrize(("wanted", "module"), [("asyncio", "asyncio"), ("uvloop", "uvloop"), ("", "uvloop")])

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 from tests.open_files import open_files
+from tests.storage_world import without_nowait
 
 from fleecer.block.nodes.file import FileNode
 from fleecer.errors import FleecerError, IoError, UsageError
@@ -388,17 +389,8 @@ async def test_where_the_kernel_knows_no_inline_reads_only_memory_is_read_inline
     storage: FileStorage, in_memory: bool, inline: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     await storage.pwrite(0, b"x" * 4096)
-    real = os.preadv
-    asked: list[int] = []
-
-    def no_flags(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
-        asked.append(flags)
-        if flags:
-            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
-        return real(fd, buffers, offset)
-
     storage._inline_read_flags = os.RWF_NOWAIT
-    monkeypatch.setattr(os, "preadv", no_flags)
+    asked = without_nowait(monkeypatch)
     monkeypatch.setattr(fallocate, "is_in_memory", lambda fd: in_memory)
     for _ in range(3):
         assert (storage.try_pread(0, 4096) == b"x" * 4096) is inline

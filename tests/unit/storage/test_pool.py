@@ -15,7 +15,8 @@ import pytest
 import uvloop
 
 from fleecer.storage import pool as pool_module
-from fleecer.storage.pool import Lane, Pool, running_pool
+from fleecer.storage.lanes import Lane
+from fleecer.storage.pool import Pool, running_pool
 
 
 @pytest.fixture

@@ -19,12 +19,13 @@ from typing import Any
 
 import pytest
 import uvloop
+from tests.storage_world import nothing_tears, without_nowait
 
-from fleecer.block.nodes.file import FileNode
 from fleecer.errors import IoError
 from fleecer.storage import fallocate
 from fleecer.storage.file import RING_MAX_BYTES, SKIPS_MAX, FileStorage, create_file
-from fleecer.storage.pool import Lane, Pool, running_pool
+from fleecer.storage.lanes import Lane
+from fleecer.storage.pool import Pool, running_pool
 from fleecer.storage.ring import READS_MAX, SWITCH_VARIABLE, Disk, Ring
 
 SIZE = 1 << 20
@@ -85,7 +86,8 @@ class StandIn:
 
 def kernels_own() -> Any:
     """A real ring, or a skip that says why there is none here."""
-    uring_api = pytest.importorskip("uring_api", reason="uring-api is not installed")
+    import uring_api
+
     try:
         return uring_api.Ring(256, uring_api.IORING_SETUP_COOP_TASKRUN)
     except OSError as error:
@@ -576,15 +578,8 @@ async def test_files_in_memory_and_those_without_nowait_are_not_for_the_ring(
 ) -> None:
     assert await rings(pool) is not None
     storage = await create_file(str(tmp_path / "disk0"), size=SIZE)
-    real = os.preadv
-
-    def no_flags(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
-        if flags:
-            raise OSError(errno.EOPNOTSUPP, "Operation not supported")
-        return real(fd, buffers, offset)
-
     storage._inline_read_flags = os.RWF_NOWAIT
-    monkeypatch.setattr(os, "preadv", no_flags)
+    without_nowait(monkeypatch)
     monkeypatch.setattr(fallocate, "is_in_memory", lambda fd: in_memory)
     for offset in (0, SIZE):  # there, and past the end: that is missed too
         if storage.try_pread(offset, 4096) is None:
@@ -593,17 +588,5 @@ async def test_files_in_memory_and_those_without_nowait_are_not_for_the_ring(
     await storage.close()
 
 
-async def test_the_ring_does_not_tear_requests(disk: FileStorage, monkeypatch: pytest.MonkeyPatch) -> None:
-    node = FileNode("disk0", disk)
-    length = RING_MAX_BYTES
-    await node.pwrite(0, b"\x01" * length)
-    monkeypatch.setattr(FileStorage, "try_pread", lambda self, offset, length: None)
-
-    async def read() -> None:
-        data = bytes(await node.pread(0, length))
-        assert data == data[:1] * length
-
-    for step in range(100):
-        if step % 2:
-            monkeypatch.setattr(FileStorage, "try_pwrite", lambda self, offset, data: False)
-        await asyncio.gather(read(), node.pwrite(0, bytes([step + 2]) * length), read(), read())
+async def test_the_ring_does_not_tear_requests(disk: FileStorage) -> None:
+    await nothing_tears(disk, RING_MAX_BYTES)

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from tests.storage_world import nothing_tears
 
 from fleecer import eager
 from fleecer.block.edge import Edge
@@ -193,21 +194,8 @@ async def test_a_request_on_cached_pages_ends_without_waiting(image: FileStorage
     assert found == [b"x" * 4096]
 
 
-async def test_threads_do_not_tear_requests_on_a_real_file(image: FileStorage, monkeypatch: pytest.MonkeyPatch) -> None:
-    node = FileNode("disk0", image)
-    length = 64 * 1024
-    await node.pwrite(0, b"\x01" * length)
-    monkeypatch.setattr(FileStorage, "try_pread", lambda self, offset, length: None)
-
-    async def read() -> None:
-        data = bytes(await node.pread(0, length))
-        assert data == data[:1] * length
-
-    for step in range(100):
-        if step % 2:
-            monkeypatch.setattr(FileStorage, "try_pwrite", lambda self, offset, data: False)
-        await asyncio.gather(read(), node.pwrite(0, bytes([step + 2]) * length), read(), read())
-        monkeypatch.undo()
+async def test_threads_do_not_tear_requests_on_a_real_file(image: FileStorage) -> None:
+    await nothing_tears(image, 64 * 1024)
 
 
 async def test_flush_syncs_what_was_there_before_and_then_only_after_changes() -> None:

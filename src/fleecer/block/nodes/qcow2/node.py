@@ -590,7 +590,7 @@ class Qcow2Node(Node):
                 whole = await self._read(start, visible - start)
                 if visible < stop or not (type(whole) is bytearray or spares.is_spare(whole)):
                     whole = bytearray(whole) + zeroes(stop - visible)
-                # What was read is ours alone, constants and what is kept aside: no need to copy it once more.
+                # What was read is ours alone, but for constants and what is kept: it need not be copied once more.
                 memoryview(whole)[head : end - start] = view
                 await self._file.pwrite(run.offset, whole)
                 spares.give(whole)
