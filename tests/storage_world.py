@@ -1,17 +1,12 @@
-"""For tests of files: kernels that lack something, and the race of reads and writes of one range."""
+"""For tests of files: kernels that lack something."""
 
 from __future__ import annotations
 
-import asyncio
 import errno
 import os
 from typing import Any
-from unittest import mock
 
 import pytest
-
-from fleecer.block.nodes.file import FileNode
-from fleecer.storage.file import FileStorage
 
 
 def without_nowait(monkeypatch: pytest.MonkeyPatch) -> list[int]:
@@ -27,22 +22,3 @@ def without_nowait(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(os, "preadv", no_flags)
     return asked
-
-
-async def nothing_tears(storage: FileStorage, length: int) -> None:
-    """Reads that are never inline, beside writes that are inline every other time, are of one write each."""
-    node = FileNode("disk0", storage)
-    await node.pwrite(0, b"\x01" * length)
-
-    async def read() -> None:
-        data = bytes(await node.pread(0, length))
-        assert data == data[:1] * length
-
-    def never(storage: FileStorage, *request: object) -> None:
-        return None
-
-    with mock.patch.object(FileStorage, "try_pread", never):
-        for step in range(100):
-            writes = never if step % 2 else FileStorage.try_pwrite
-            with mock.patch.object(FileStorage, "try_pwrite", writes):
-                await asyncio.gather(read(), node.pwrite(0, bytes([step + 2]) * length), read(), read())

@@ -19,8 +19,9 @@ from typing import Any
 
 import pytest
 import uvloop
-from tests.storage_world import nothing_tears, without_nowait
+from tests.storage_world import without_nowait
 
+from fleecer.block.nodes.file import FileNode
 from fleecer.errors import IoError
 from fleecer.storage import fallocate
 from fleecer.storage.file import RING_MAX_BYTES, SKIPS_MAX, FileStorage, create_file
@@ -588,5 +589,22 @@ async def test_files_in_memory_and_those_without_nowait_are_not_for_the_ring(
     await storage.close()
 
 
-async def test_the_ring_does_not_tear_requests(disk: FileStorage) -> None:
-    await nothing_tears(disk, RING_MAX_BYTES)
+async def test_a_write_waits_for_a_read_of_its_range_that_the_ring_has(
+    uring_api: StandInModule, tmp_path: Path, pool: Pool, tries: Tries
+) -> None:
+    assert await rings(pool) is not None
+    storage = await create_file(str(tmp_path / "disk0"), size=SIZE)
+    storage._inline_read_flags = os.RWF_NOWAIT
+    node = FileNode("disk0", storage)
+    storage._has_missed = uring_api.made[0].held = True
+    read = asyncio.create_task(node.pread(0, 4096))
+    await turns(3)
+    assert uring_api.made[0].submitted
+    write = asyncio.create_task(node.pwrite(4095, b"n"))
+    await turns(10)
+    was_written = write.done() or await asyncio.to_thread(Path(storage.name).read_bytes) != bytes(SIZE)
+    uring_api.made[0].release()
+    assert await read == bytes(4096)
+    assert not was_written
+    await write
+    await storage.close()

@@ -7,9 +7,9 @@ import errno
 import os
 from collections.abc import AsyncIterator
 from pathlib import Path
+from unittest import mock
 
 import pytest
-from tests.storage_world import nothing_tears
 
 from fleecer import eager
 from fleecer.block.edge import Edge
@@ -195,7 +195,21 @@ async def test_a_request_on_cached_pages_ends_without_waiting(image: FileStorage
 
 
 async def test_threads_do_not_tear_requests_on_a_real_file(image: FileStorage) -> None:
-    await nothing_tears(image, 64 * 1024)
+    node = FileNode("disk0", image)
+    length = 64 * 1024
+    await node.pwrite(0, b"\x01" * length)
+
+    async def read() -> None:
+        data = bytes(await node.pread(0, length))
+        assert data == data[:1] * length
+
+    def never(storage: FileStorage, *request: object) -> None:
+        return None
+
+    with mock.patch.object(FileStorage, "try_pread", never):
+        for step in range(100):
+            with mock.patch.object(FileStorage, "try_pwrite", never if step % 2 else FileStorage.try_pwrite):
+                await asyncio.gather(read(), node.pwrite(0, bytes([step + 2]) * length), read(), read())
 
 
 async def test_flush_syncs_what_was_there_before_and_then_only_after_changes() -> None:
