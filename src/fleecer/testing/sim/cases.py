@@ -175,6 +175,7 @@ async def _prepare(case: Case, trace: list[str] | None, medium: Medium | None) -
         clusters=case.clusters,
         medium=medium,
         over_nbd=case.over_nbd,
+        flushes=any("flush" in actor for actor in case.actors),
         trace=trace,
     )
     world.do_at_once(1.0)  # until the actors come: how the disk came to be is not what is searched

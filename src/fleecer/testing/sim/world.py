@@ -537,9 +537,13 @@ async def make_world(
     clusters: int = 2,
     medium: Medium | None = None,
     over_nbd: bool = False,
+    flushes: bool = True,
     trace: list[str] | None = None,
 ) -> World:
-    """A disk of `clusters` clusters of 4 KiB, with no snapshot, and a guest's way to it, `over_nbd` or directly."""
+    """A disk of `clusters` clusters of 4 KiB, with no snapshot, and a guest's way to it, `over_nbd` or directly.
+
+    Who `flushes` does it by a connection of their own.
+    """
     world = World(generator, clusters, medium or Medium(), trace)
     record = world.records
     if format in ("raw", "bare", "blocks"):
@@ -567,7 +571,7 @@ async def make_world(
     world.edge = world.graph.attach(world.node, "export 'disk'", "nbd", writable=True)
     world.server = Server(raise_internal_errors=True) if over_nbd else None
     world.top = await world.door("disk", world.edge)
-    world.side = await world.connect("disk", world.edge)
+    world.side = await world.connect("disk", world.edge) if flushes else world.top
     return world
 
 
