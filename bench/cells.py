@@ -152,12 +152,14 @@ def _copies(place: Place) -> Iterator[Cell]:
         for tool in tools:
             for busy in (False, True):
                 headline = (kind, place, tool, busy) == ("raw", "disk", "nbdcopy", False)
+                measures = [Measure("copied", "MiB/s", aims={"qsd": 2.0}, cpu="cpu")]
+                measures += [Measure("guest", "/s")] if busy else []
                 yield Cell(
                     f"{tool}-of-snapshot-{'busy' if busy else 'idle'}/{kind}/{place}",
                     place,
                     Copy(kind, tool, busy),
                     DAEMONS,
-                    (Measure("copied", "MiB/s", aims={"qsd": 2.0}, cpu="cpu"),),
+                    tuple(measures),
                     "copied" if headline else None,
                 )
 

@@ -97,6 +97,12 @@ class Run:
         finally:
             self.end()
 
+    def stop(self) -> Result:
+        """Ends it before its time; what it did until then. Raises BenchError when it did nothing, or had failed."""
+        self._client.end()
+        with open(self._report, encoding="utf-8", errors="replace") as file:
+            return parse(file.read())
+
     def end(self) -> None:
         """Ends it, if it has not ended, and removes its report. Idempotent."""
         self._client.end()

@@ -6,8 +6,8 @@ Invariants:
 - Replies made in one turn leave in one send. No request spans a send: a client that does not read holds no claim.
 - Memory is bounded: no request starts while `IN_FLIGHT_BYTES_MAX` bytes are in flight, or `QUEUED_BYTES_MAX` unsent.
 - A connection that ends waits for its requests in flight; their replies are dropped, their effects are not.
-- Who asks for much has turns: after `_TURN_BYTES` of replies others go first, and in each turn of the event loop one
-  connection goes on.
+- Who asks for much has turns: after `TURN_BYTES` of replies others go first, and in each turn of the event loop one
+  connection goes on, by as much as the server allows it.
 - A client that does not read delays nobody else, nor the end of its own connection by more than `STOP_GRACE_S`.
 """
 
@@ -36,7 +36,7 @@ IN_FLIGHT_BYTES_MAX = 32 * MiB
 QUEUED_BYTES_MAX = 256 * KiB
 STOP_GRACE_S = 1.0
 """How long a client that is sent away has to read its last replies."""
-_TURN_BYTES = 256 * KiB
+TURN_BYTES = 256 * KiB
 """Replies gathered before they are sent although more requests are at hand, and others have their turn."""
 
 _log = logging.getLogger(__name__)
@@ -83,6 +83,10 @@ class Connection:
             self._waiting.extend(requests)
         elif requests:
             self._run(requests)
+            if self._ready_bytes >= TURN_BYTES:
+                self._server.note_turn()
+            elif not self._waiting:
+                self._server.little_asked += len(requests)
         self._send()
         if self._codec.finished:
             self._finish()
@@ -111,8 +115,9 @@ class Connection:
         export = self.export
         assert export is not None, "requests come only after an export was entered"
         read, write = (None, None) if self._refusing else export.at_once()
+        turn_bytes = self._server.turn_bytes
         for index, request in enumerate(requests):
-            if self._ready_bytes >= _TURN_BYTES:
+            if self._ready_bytes >= turn_bytes:
                 self._send()
                 self._await_turn(requests[index:])
                 break

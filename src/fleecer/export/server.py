@@ -14,14 +14,20 @@ import logging
 from collections.abc import Iterable
 
 from fleecer.errors import InUse, NotFound, UsageError, quoted
-from fleecer.export.connection import Connection
+from fleecer.export.connection import TURN_BYTES, Connection
 from fleecer.export.export import Export
 from fleecer.net.listen import Listener, listen_tcp, listen_unix
 from fleecer.net.stream import Stream
+from fleecer.units import MiB
 from fleecer.wire.nbd import ExportInfo
 
 CONNECTIONS_MAX = 1024
 HANDSHAKE_TIMEOUT_S = 10.0
+LONG_TURN_BYTES = 1 * MiB
+SHORT_TURNS = 64
+"""After others asked for a little: some 10 ms of turns."""
+HURRY_REQUESTS = 8
+"""Who asks for more than this from one turn to the next is kept busy by the answers."""
 _NOTE_INTERVAL_S = 10.0
 
 _log = logging.getLogger(__name__)
@@ -64,7 +70,10 @@ class Server:
         self._exports: dict[str, Export] = {}  # by id
         self._by_name: dict[str, Export] = {}
         self._connections: dict[Connection, asyncio.TimerHandle | None] = {}
+        self.turn_bytes = TURN_BYTES  # how much of replies is a turn, as it is now
+        self.little_asked = 0  # requests, since the last turn, of those who need none
         self._turns: collections.deque[Connection] = collections.deque()  # who goes on, one in each turn of the loop
+        self._short_turns = 0  # how many more are kept short
         self._notes_suppressed = 0
         self._note_at = 0.0
 
@@ -127,12 +136,25 @@ class Server:
             asyncio.get_running_loop().call_soon(self._next_turn)
 
     def _next_turn(self) -> None:
+        self.note_turn()
         try:
             self._turns[0].have_turn()
         finally:
             self._turns.popleft()
             if self._turns:
                 asyncio.get_running_loop().call_soon(self._next_turn)
+
+    def note_turn(self) -> None:
+        """Somebody asked for a turn or more: finds out how long turns may be.
+
+        Long turns cost less for each byte, the reader too, who wakes less often. But who asks for a little now and then
+        waits for them to end. Who asks for as much as can be answered waits for himself anyway.
+        """
+        asked, self.little_asked = self.little_asked, 0
+        if asked:
+            self._short_turns = SHORT_TURNS if asked <= HURRY_REQUESTS else 0
+        self.turn_bytes = TURN_BYTES if self._short_turns else LONG_TURN_BYTES
+        self._short_turns = max(0, self._short_turns - 1)
 
     # Sockets.
 

@@ -26,16 +26,17 @@ from typing import Protocol
 from fleecer.errors import IoError
 from fleecer.net.unixpath import check_socket_path
 from fleecer.ranges import Buffer
-from fleecer.units import KiB
+from fleecer.units import KiB, MiB
 
 _PIECES_MAX = 512  # buffers in one sendmsg, below every kernel's limit of 1024
 _BATCH_BYTES = 512 * KiB  # offered at once of what is queued
 _RECEIVES_MAX = 4  # receives a turn before other streams get theirs
 _LINGER_S = 1.0  # how long a TCP connection that we closed waits for the peer to close its side
 _DISCARD_BYTES = 64 * KiB
-_UNIX_SEND_BYTES = 512 * KiB
+_UNIX_SEND_BYTES = 1 * MiB
 """What a unix socket takes at once, as far as the system lets us: a large reply goes whole, and the memory it was in,
 still in the processor's cache, is free for the next one. By default it takes 208 KiB. TCP finds its own size."""
+_SO_SNDBUFFORCE = 32  # socket(7); where Python's socket module has no name for it
 
 
 class Receiver(Protocol):
@@ -97,7 +98,7 @@ class SocketStream(Stream):
         self.sent_bytes = 0
         self.queued_bytes = 0
         if sock.family == socket.AF_UNIX:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_SEND_BYTES)  # the kernel takes twice as much
+            _widen(sock)
         self._sock: socket.socket | None = sock
         self._fd = sock.fileno()
         self._loop = asyncio.get_running_loop()
@@ -275,6 +276,14 @@ class SocketStream(Stream):
         sock.close()
         if self._receiver is not None:
             self._loop.call_soon(self._receiver.closed, error)
+
+
+def _widen(sock: socket.socket) -> None:
+    """Lets a unix socket take _UNIX_SEND_BYTES, which the kernel doubles. Root may go past the system's limit."""
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, _SO_SNDBUFFORCE, _UNIX_SEND_BYTES)
+    except OSError:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_SEND_BYTES)
 
 
 def _after(pieces: Sequence[Buffer], taken: int) -> list[Buffer]:

@@ -16,6 +16,7 @@ from tests.serving_world import SIZE, Client, OldClient, Serving, turns
 from fleecer.block.node import Extent
 from fleecer.errors import IoError, LocalProtocolError
 from fleecer.export import Export, connection
+from fleecer.export.server import HURRY_REQUESTS, LONG_TURN_BYTES, SHORT_TURNS
 from fleecer.ranges import Buffer
 from fleecer.units import KiB, MiB
 from fleecer.wire.nbd import Request
@@ -284,28 +285,108 @@ async def test_requests_that_end_together_are_answered_in_one_send(serving: Serv
 # Turns.
 
 
-async def test_who_asks_for_much_goes_on_a_little_in_each_turn_and_others_come_between(big: Serving) -> None:
-    count, length = 32, 256 * KiB
-    greedy = [await big.client(buffer_bytes=64 * MiB) for _ in range(2)]
+class Greedy:
+    """Clients that ask for a lot at once, 256 KiB at a time; `served` tells what was read in each turn of the loop."""
+
+    def __init__(self, serving: Serving, clients: list[Client]) -> None:
+        self.serving = serving
+        self.clients = clients
+        self.count = 0
+        self.served: list[int] = []
+
+    def ask(self, count: int) -> None:
+        self.count += count
+        for client in self.clients:
+            for at in range(count):
+                client.codec.read(at * 256 * KiB, 256 * KiB)
+            client.send()
+
+    async def turn(self) -> None:
+        before = self.serving.export.bytes_read
+        await asyncio.sleep(0)
+        self.served.append(self.serving.export.bytes_read - before)
+
+    async def all_answered(self) -> None:
+        """Counts no more turns."""
+        for client in self.clients:
+            await client.until(lambda client=client: len(client.replies) == self.count)  # type: ignore[misc]
+
+
+@pytest.fixture
+async def greedy(big: Serving) -> Greedy:
+    return Greedy(big, [await big.client(buffer_bytes=64 * MiB) for _ in range(2)])
+
+
+async def test_who_asks_for_much_goes_on_a_little_in_each_turn_and_others_come_between(
+    big: Serving, greedy: Greedy
+) -> None:
     small = await big.client()
-    for client in greedy:
-        for at in range(count):
-            client.codec.read(at * length, length)
-        client.send()
+    greedy.ask(32)
     await turns(2)
     cookie = small.codec.read(0, 512)
     small.send()
-    served, replied = [], 0
-    while big.export.bytes_read < 2 * count * length + 512:
-        before = big.export.bytes_read
-        await asyncio.sleep(0)
-        served.append(big.export.bytes_read - before)
-        replied = replied or (len(served) if small.replies else 0)
-    assert max(served) <= connection._TURN_BYTES + 512, "more than one went on in a turn"
+    replied = 0
+    while big.export.bytes_read < 2 * 32 * 256 * KiB + 512:
+        await greedy.turn()
+        replied = replied or (len(greedy.served) if small.replies else 0)
+    assert max(greedy.served) <= LONG_TURN_BYTES + 512, "more than one went on in a turn"
     assert 0 < replied < 10, "others waited for those who ask for much"
     assert (await small.reply(cookie)).data == big.data[:512]
-    for client in greedy:
-        await client.until(lambda client=client: len(client.replies) == count)  # type: ignore[misc]
+    await greedy.all_answered()
+
+
+async def test_turns_are_long_until_somebody_asks_for_a_little_and_then_again(big: Serving, greedy: Greedy) -> None:
+    small = await big.client()
+    greedy.ask(8)
+    await greedy.all_answered()
+    greedy.ask(64)
+    await turns(3)
+    await greedy.turn()
+    assert greedy.served == [LONG_TURN_BYTES]
+    cookie = small.codec.read(0, 512)
+    small.send()
+    while not small.replies:
+        await asyncio.sleep(0)
+    for _ in range(SHORT_TURNS - 6):
+        await greedy.turn()
+    assert set(greedy.served[1:]) == {connection.TURN_BYTES}
+    for _ in range(10):
+        await greedy.turn()
+    assert greedy.served[-3:] == [LONG_TURN_BYTES] * 3
+    assert (await small.reply(cookie)).data == big.data[:512]
+    await greedy.all_answered()
+
+
+async def test_turns_are_long_beside_somebody_who_is_kept_busy(big: Serving, greedy: Greedy) -> None:
+    hurried = await big.client()
+    cookie = hurried.codec.read(0, 512)  # a little: turns are short
+    hurried.send()
+    await hurried.reply(cookie)
+    greedy.ask(48)
+    await turns(3)
+    for _ in range(12):
+        for at in range(HURRY_REQUESTS + 1):
+            hurried.codec.read(at * 512, 512)
+        hurried.send()
+        await greedy.turn()
+    assert sum(length >= LONG_TURN_BYTES for length in greedy.served) >= 6
+    await turns(3)
+    await greedy.turn()
+    assert greedy.served[-1] == LONG_TURN_BYTES
+    await greedy.all_answered()
+
+
+async def test_who_asks_for_one_turn_at_a_time_has_long_ones_too(big: Serving) -> None:
+    client = await big.client(buffer_bytes=64 * MiB)
+    for _ in range(SHORT_TURNS + 1):  # from the handshake on turns are short
+        cookie = client.codec.read(0, 256 * KiB)
+        client.send()
+        await client.reply(cookie)
+    greedy = Greedy(big, [client])
+    greedy.ask(8)
+    while not any(greedy.served):
+        await greedy.turn()
+    assert greedy.served[-1] == LONG_TURN_BYTES
 
 
 # Bounded memory.
@@ -320,7 +401,7 @@ async def test_a_client_that_never_reads_is_held_up_and_nobody_else(big: Serving
             stuck.codec.read(0, 1 * MiB)
         stuck.send()
         await turns(20)
-    bound = connection.QUEUED_BYTES_MAX + connection._TURN_BYTES + 2 * MiB
+    bound = connection.QUEUED_BYTES_MAX + LONG_TURN_BYTES + 2 * MiB
     assert connection.QUEUED_BYTES_MAX < server_end.queued_bytes <= bound
     reads = big.export.reads
     await turns()
@@ -349,7 +430,7 @@ async def test_status_replies_count_against_the_bound_too(serving: Serving) -> N
         client.codec.block_status(0, SIZE)
     client.send()
     await turns()
-    bound = connection.QUEUED_BYTES_MAX + connection._TURN_BYTES + 2 * 8 * len(stripes)
+    bound = connection.QUEUED_BYTES_MAX + LONG_TURN_BYTES + 2 * 8 * len(stripes)
     assert connection.QUEUED_BYTES_MAX < serving.server_stream.queued_bytes <= bound
     client.stream.abort()
 

@@ -15,7 +15,7 @@ import pytest
 import uvloop
 
 from fleecer.errors import IoError, UsageError
-from fleecer.net.stream import SocketStream, Stream, connect_tcp, connect_unix
+from fleecer.net.stream import _SO_SNDBUFFORCE, _UNIX_SEND_BYTES, SocketStream, Stream, connect_tcp, connect_unix
 from fleecer.testing.streams import memory_streams
 from fleecer.units import KiB, MiB
 
@@ -463,3 +463,23 @@ async def test_memory_streams_deliver_no_more_at_once_than_their_piece() -> None
     left.send([b"abcdef"])
     await ends[1].until(lambda: len(ends[1].data) == 6)
     assert ends[1].deliveries == 6
+
+
+class Limited(socket.socket):
+    """A socket of somebody who may not go past the system's limit."""
+
+    def setsockopt(self, level: int, option: int, value: Any, *more: Any) -> None:
+        if option == _SO_SNDBUFFORCE:
+            raise PermissionError(errno.EPERM, "Operation not permitted")
+        super().setsockopt(level, option, value, *more)
+
+
+@pytest.mark.parametrize("kind", [socket.socket, Limited])
+async def test_a_unix_socket_takes_as_much_as_the_system_lets_it(kind: type[socket.socket]) -> None:
+    limit = int(Path("/proc/sys/net/core/wmem_max").read_text())
+    with kind(socket.AF_UNIX) as sock:
+        before = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF)
+        stream = SocketStream(sock, "nobody")
+        assert sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) >= 2 * min(_UNIX_SEND_BYTES, limit) > before
+        stream.abort()
+        await asyncio.sleep(0)
