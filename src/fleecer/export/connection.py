@@ -38,6 +38,10 @@ STOP_GRACE_S = 1.0
 """How long a client that is sent away has to read its last replies."""
 TURN_BYTES = 256 * KiB
 """Replies gathered before they are sent although more requests are at hand, and others have their turn."""
+_REQUEST_BYTES = 4 * KiB
+"""What a request counts for in a turn besides what is read for it."""
+_STATUS_BYTES = 1 * MiB
+"""What the answer to a block-status request may take in memory."""
 
 _log = logging.getLogger(__name__)
 
@@ -54,7 +58,7 @@ class Connection:
         self._waiting: collections.deque[Request] = collections.deque()  # parsed, not started
         self._in_flight = 0  # started, and not ended at once
         self._in_flight_bytes = 0
-        self._ready_bytes = 0  # replies in the codec's `outgoing`
+        self._ready_bytes = 0  # what the replies in the codec's `outgoing` took
         # Large buffers of replies that are sent, and where in the stream each ends: spare once the kernel has it all.
         self._sending: collections.deque[tuple[int, Buffer]] = collections.deque()
         self._has_spares = False  # whether some are in the replies not sent yet
@@ -64,6 +68,7 @@ class Connection:
         self._send_due = False
         self._awaits_turn = False
         self._idle: asyncio.Future[None] | None = None
+        self._last_replies: asyncio.TimerHandle | None = None  # ends the time to read them
 
     def begin(self) -> None:
         """Greets the client and starts to listen to it."""
@@ -86,7 +91,7 @@ class Connection:
             if self._ready_bytes >= TURN_BYTES:
                 self._server.note_turn()
             elif not self._waiting:
-                self._server.little_asked += len(requests)
+                self._server.note_little(self, len(requests))
         self._send()
         if self._codec.finished:
             self._finish()
@@ -117,9 +122,10 @@ class Connection:
         read, write = (None, None) if self._refusing else export.at_once()
         turn_bytes = self._server.turn_bytes
         for index, request in enumerate(requests):
-            if self._ready_bytes >= turn_bytes:
+            if self._ready_bytes + index * _REQUEST_BYTES >= turn_bytes:
                 self._send()
-                self._await_turn(requests[index:])
+                self._leave(requests[index:])
+                self._await_turn()
                 break
             if (
                 self._in_flight_bytes > IN_FLIGHT_BYTES_MAX
@@ -156,21 +162,27 @@ class Connection:
             self._start(request, tried=read is not None)
             read, write = (None, None) if self._refusing else export.at_once()
 
-    def _await_turn(self, requests: list[Request]) -> None:
-        """Leaves these until it is our turn again."""
-        self._leave(requests)
-        self._awaits_turn = True
-        self._server.await_turn(self)
-
     def _leave(self, requests: list[Request]) -> None:
         """Leaves these for later, and takes no more until then."""
         self._waiting.extend(requests)
         self.stream.pause()
 
+    def _await_turn(self) -> None:
+        """Has what was left go on when it is our turn."""
+        if not self._awaits_turn:
+            self._awaits_turn = True
+            self._server.await_turn(self)
+
     def have_turn(self) -> None:
         """It is our turn."""
         self._awaits_turn = False
-        self._go_on()
+        requests = list(self._waiting)
+        self._waiting.clear()
+        if requests:
+            self._run(requests)
+            self._send()
+        if not self._waiting:
+            self._go_on()
 
     def _start(self, request: Request, *, tried: bool = False) -> None:
         try:
@@ -179,7 +191,11 @@ class Connection:
             self._report(error)
             return
         if task is not None:
-            held_bytes = request.length if request.command == CMD_READ else len(request.data)
+            held_bytes = len(request.data)
+            if request.command == CMD_READ:
+                held_bytes = request.length
+            elif request.command == CMD_BLOCK_STATUS:
+                held_bytes = _STATUS_BYTES * len(self._codec.contexts)
             self._in_flight += 1
             self._in_flight_bytes += held_bytes
             task.add_done_callback(lambda ended: self._ended_late(request, held_bytes, ended))
@@ -201,12 +217,10 @@ class Connection:
         self._go_on()
 
     def _go_on(self) -> None:
-        if self._waiting and not self._awaits_turn:
-            requests = list(self._waiting)
-            self._waiting.clear()
-            self._run(requests)
-            self._send()
-        if not self._waiting and not self._finishing:
+        """Something has ended that may have held us up."""
+        if self._waiting:
+            self._await_turn()
+        elif not self._finishing:
             self.stream.resume()
         self._settle()
 
@@ -223,6 +237,8 @@ class Connection:
         elif self._finishing:
             self._send()
             self.stream.close()
+            if self._last_replies is None:
+                self._last_replies = asyncio.get_running_loop().call_later(STOP_GRACE_S, self.stream.abort)
 
     async def _answer(self, request: Request, tried: bool) -> None:
         codec = self._codec
@@ -250,11 +266,12 @@ class Connection:
 
     def _reply_read(self, request: Request, data: Buffer) -> None:
         codec = self._codec
+        self._ready_bytes += request.length
         if codec.structured and is_zero(data) and codec.may_send_hole(request) and len(data) == request.length:
             codec.reply_read_hole(request)  # zeroes cost more to send than to find out
+            spares.give(data)
         else:
             codec.reply_read(request, data)
-            self._ready_bytes += request.length
             if request.length >= spares.LENGTH_MIN:
                 self._has_spares = True
 
@@ -325,18 +342,19 @@ class Connection:
     async def stop(self) -> None:
         """Refuses new requests, ends those in flight, answers them, and closes. Returns when that is done."""
         self._refusing = self._codec.refuse_options = True
-        waiting, self._waiting = self._waiting, collections.deque()
-        for request in waiting:
-            self._start(request)
+        self._refuse_waiting()
         self._send_and_go_on()
         if self._in_flight:
             self._idle = self._idle or asyncio.get_running_loop().create_future()
             await asyncio.shield(self._idle)
-        self._waiting.clear()
+        self._refuse_waiting()
         self._finish()
-        given_up = asyncio.get_running_loop().call_later(STOP_GRACE_S, self.stream.abort)
         await asyncio.shield(self.ended)
-        given_up.cancel()
+
+    def _refuse_waiting(self) -> None:
+        waiting, self._waiting = self._waiting, collections.deque()
+        for request in waiting:
+            self._start(request)
 
     def drop(self) -> None:
         """Closes at once; requests in flight end unheard."""
@@ -344,6 +362,8 @@ class Connection:
         self.stream.abort()
 
     def _end(self) -> None:
+        if self._last_replies is not None:
+            self._last_replies.cancel()
         if not self.ended.done():
             self.ended.set_result(None)
             self._server.forget(self)

@@ -71,7 +71,7 @@ class Server:
         self._by_name: dict[str, Export] = {}
         self._connections: dict[Connection, asyncio.TimerHandle | None] = {}
         self.turn_bytes = TURN_BYTES  # how much of replies is a turn, as it is now
-        self.little_asked = 0  # requests, since the last turn, of those who need none
+        self._little_asked: dict[Connection, int] = {}  # requests, since the last turn, of those who needed none
         self._turns: collections.deque[Connection] = collections.deque()  # who goes on, one in each turn of the loop
         self._short_turns = 0  # how many more are kept short
         self._notes_suppressed = 0
@@ -144,15 +144,19 @@ class Server:
             if self._turns:
                 asyncio.get_running_loop().call_soon(self._next_turn)
 
+    def note_little(self, connection: Connection, count: int) -> None:
+        """A connection asked for less than a turn, by `count` requests."""
+        self._little_asked[connection] = self._little_asked.get(connection, 0) + count
+
     def note_turn(self) -> None:
         """Somebody asked for a turn or more: finds out how long turns may be.
 
         Long turns cost less for each byte, the reader too, who wakes less often. But who asks for a little now and then
         waits for them to end. Who asks for as much as can be answered waits for himself anyway.
         """
-        asked, self.little_asked = self.little_asked, 0
-        if asked:
-            self._short_turns = SHORT_TURNS if asked <= HURRY_REQUESTS else 0
+        if self._little_asked:
+            self._short_turns = SHORT_TURNS if min(self._little_asked.values()) <= HURRY_REQUESTS else 0
+            self._little_asked.clear()
         self.turn_bytes = TURN_BYTES if self._short_turns else LONG_TURN_BYTES
         self._short_turns = max(0, self._short_turns - 1)
 
@@ -207,6 +211,7 @@ class Server:
 
     def forget(self, connection: Connection) -> None:
         """The connection has ended."""
+        self._little_asked.pop(connection, None)
         handle = self._connections.pop(connection, None)
         if handle is not None:
             handle.cancel()

@@ -13,7 +13,7 @@ import asyncio
 import errno
 from collections.abc import Sequence
 
-from fleecer.errors import FleecerError, IoError, quoted, told
+from fleecer.errors import FleecerError, IoError, RemoteProtocolError, quoted, told
 from fleecer.net.stream import Stream
 from fleecer.ranges import Buffer
 from fleecer.wire.nbd import ClientCodec, ExportInfo, Reply
@@ -102,7 +102,14 @@ class NbdClient:
     async def pwrite(self, offset: int, data: Buffer) -> None:
         """Writes `data`, which must not change until this returns."""
         self._check()
-        await self._reply(self._codec.write(offset, data))
+        cookie = self._codec.write(offset, data)
+        end = self._stream.sent_bytes + sum(map(len, self._codec.outgoing))
+        await self._reply(cookie)
+        if end > self._stream.sent_bytes - self._stream.queued_bytes:
+            # What is not sent yet would be sent as it is by then, and whoever wrote may use the memory again.
+            self._lose(RemoteProtocolError("a write was answered before all of it was sent"))
+            self._stream.abort()
+            self._check()
 
     async def flush(self) -> None:
         """Makes durable what the server has acknowledged."""

@@ -22,6 +22,7 @@ from fleecer.block.nodes.raw import RawNode
 from fleecer.block.nodes.snapshot_access import SnapshotAccessNode
 from fleecer.errors import IoError, NotFound, PermissionConflict, SnapshotBroken, UsageError
 from fleecer.testing.memory import MemoryStorage, random_turns
+from fleecer.units import MiB
 
 Policy = tuple[str, float]
 
@@ -770,6 +771,35 @@ async def test_preserved_status_tells_what_is_in_the_scratch() -> None:
     node = taken.edge.node
     extents = await node.preserved_status(100, SIZE - 100)  # type: ignore[attr-defined]
     assert [tuple(e) for e in extents] == [(CLUSTER - 100, 0), (CLUSTER, 1), (SIZE - 2 * CLUSTER, 0)]
+
+
+async def test_a_long_read_of_a_snapshot_lets_others_work_after_each_mebibyte() -> None:
+    world = World(size=16 * MiB)
+    taken = await world.take()
+    reader = SnapshotAccessNode("reader", taken.edge.node.children[0], taken.fleece.copier, taken.fleece.snapshot)
+    for at in range(0, 16 * MiB, 64 * CLUSTER):
+        await world.top.pwrite(at, b"x")
+    at_once = reader.reader()
+    assert at_once is not None
+    assert at_once(0, 2 * MiB) is None
+    assert at_once(0, 1 * MiB) is not None
+    running = asyncio.ensure_future(reader.pread(0, 16 * MiB))
+    count = 0
+    while not running.done():
+        await asyncio.sleep(0)
+        count += 1
+    assert count >= 16
+    assert await running == taken.image
+
+
+async def test_preserved_status_of_many_runs_stops_early() -> None:
+    world = World(size=4 * MiB)
+    taken = await world.take()
+    for at in range(0, 4 * MiB, 2 * CLUSTER):
+        await world.top.pwrite(at, b"x")
+    node = taken.edge.node
+    extents = await node.preserved_status(0, 4 * MiB)  # type: ignore[attr-defined]
+    assert [tuple(extent) for extent in extents] == [(CLUSTER, 1), (CLUSTER, 0)] * 32
 
 
 async def test_a_discard_waits_for_reads_of_its_range() -> None:

@@ -389,6 +389,61 @@ async def test_who_asks_for_one_turn_at_a_time_has_long_ones_too(big: Serving) -
     assert greedy.served[-1] == LONG_TURN_BYTES
 
 
+async def test_turns_are_short_for_somebody_who_asks_for_a_little_beside_somebody_busy(
+    big: Serving, greedy: Greedy
+) -> None:
+    hurried, small = await big.client(), await big.client()
+    greedy.ask(64)
+    await turns(3)
+    for _ in range(16):
+        for at in range(HURRY_REQUESTS + 1):
+            hurried.codec.read(at * 512, 512)
+        hurried.send()
+        small.codec.read(0, 512)
+        small.send()
+        await greedy.turn()
+    assert 0 < max(greedy.served[4:]) < LONG_TURN_BYTES
+    await greedy.all_answered()
+
+
+async def test_one_goes_on_in_each_turn_though_many_clients_make_room_at_once(big: Serving) -> None:
+    greedy = Greedy(big, [await big.client(buffer_bytes=128 * KiB) for _ in range(8)])
+    greedy.ask(32)
+    await turns(9)
+    while big.export.bytes_read < 8 * 32 * 256 * KiB:
+        await greedy.turn()
+    assert 0 < max(greedy.served) <= LONG_TURN_BYTES
+    await greedy.all_answered()
+
+
+@pytest.mark.parametrize(("count", "length"), [(32, 1 * MiB), (4000, 1)])
+async def test_a_turn_ends_after_many_small_requests_and_after_many_zeroes(
+    big: Serving, count: int, length: int
+) -> None:
+    big.data[:] = bytes(64 * MiB)
+    client = await big.client(buffer_bytes=64 * MiB)
+    for at in range(count):
+        client.codec.read(at * length, length)
+    client.send()
+    served = []
+    while big.export.reads < count:
+        before = big.export.reads
+        await asyncio.sleep(0)
+        served.append(big.export.reads - before)
+    assert max(served) <= LONG_TURN_BYTES // max(length, 4 * KiB)
+
+
+async def test_a_connection_that_has_ended_is_forgotten(big: Serving) -> None:
+    client = await big.client()
+    cookie = client.codec.read(0, 512)
+    client.send()
+    await client.reply(cookie)
+    assert list(big.server._little_asked) == big.server.clients()
+    client.stream.close()
+    await client.ended()
+    assert not big.server._little_asked
+
+
 # Bounded memory.
 
 
@@ -461,7 +516,73 @@ async def test_requests_in_flight_are_bounded_by_bytes(big: Serving) -> None:
         await client.reply(cookie)
 
 
+async def test_status_requests_in_flight_are_bounded_by_what_their_answers_may_take(serving: Serving) -> None:
+    go_on = asyncio.Event()
+    asked = 0
+
+    async def slow(offset: int, length: int) -> list[Extent]:
+        nonlocal asked
+        asked += 1
+        await go_on.wait()
+        return [Extent(length, 0)]
+
+    serving.server.add(Export("slow", "slow", serving.attach("export 'slow'"), contexts={"x-test:slow": slow}))
+    client = await serving.client("slow", contexts=("x-test:slow",))
+    cookies = [client.codec.block_status(0, SIZE) for _ in range(200)]
+    client.send()
+    await turns(20)
+    assert asked == 33
+    go_on.set()
+    for cookie in cookies:
+        await client.reply(cookie)
+
+
 # The end.
+
+
+@pytest.mark.parametrize("farewell", ["disconnect", "garbage"])
+async def test_a_client_that_goes_without_reading_its_last_replies_is_waited_for_a_while(
+    big: Serving, monkeypatch: pytest.MonkeyPatch, farewell: str
+) -> None:
+    monkeypatch.setattr(connection, "STOP_GRACE_S", 0.05)
+    client = await big.client()
+    client.stream.pause()
+    client.codec.read(0, 1 * MiB)
+    if farewell == "disconnect":
+        client.codec.disconnect()
+    client.send()
+    await turns()
+    if farewell == "garbage":
+        client.stream.send([b"x" * 28])
+    await turns()
+    assert big.server.clients()
+    async with asyncio.timeout(10):
+        while big.server.clients():
+            await asyncio.sleep(0.01)
+
+
+async def test_what_comes_while_a_client_is_sent_away_is_refused_not_forgotten(
+    big: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "STOP_GRACE_S", 30.0)
+    held = big.fault.hold("read", 0, 512)
+    client = await big.client(buffer_bytes=64 * KiB)
+    cookies = [client.codec.read(0, 512), client.codec.read(1 * MiB, 1 * MiB)]
+    client.stream.pause()
+    client.send()
+    await held.reached()
+    await turns()
+    stopping = asyncio.ensure_future(big.server.remove("disk", hard=True))
+    await turns()
+    cookies += [client.codec.read(4096, 512) for _ in range(3)]
+    client.send()
+    await turns()
+    held.release()
+    await turns()
+    client.stream.resume()
+    replies = [await client.reply(cookie) for cookie in cookies]
+    assert [reply.error for reply in replies] == [0, 0] + [errno.ESHUTDOWN] * 3
+    await stopping
 
 
 async def test_disconnect_is_obeyed_once_all_that_was_asked_is_answered(serving: Serving) -> None:

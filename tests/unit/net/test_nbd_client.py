@@ -119,6 +119,19 @@ async def test_a_server_that_breaks_the_protocol_ends_every_request_with_the_rea
     assert server.ended
 
 
+async def test_a_server_that_answers_a_write_before_it_has_it_all_is_left() -> None:
+    client, server = await scripted()
+    server.stream.pause()
+    writing = asyncio.ensure_future(client.pwrite(0, bytes(SIZE)))
+    await turns()
+    (cookie,) = client._replies
+    server.stream.send([nbd.SIMPLE_REPLY.pack(nbd.SIMPLE_REPLY_MAGIC, 0, cookie)])
+    assert "a write was answered before all of it was sent" in str(await error_of(writing))
+    with pytest.raises(IoError, match="before all of it was sent"):
+        await client.flush()
+    await client.close()
+
+
 async def test_a_server_that_is_shutting_down_is_asked_nothing_more() -> None:
     client, server = await scripted()
     slow = asyncio.ensure_future(client.pread(0, 512))

@@ -366,6 +366,22 @@ def test_a_peer_that_leaves_something_unread_resets_the_connection(setting: Sett
     setting.run(scenario)
 
 
+def test_a_peer_that_says_a_little_and_resets_ends_the_stream(setting: Setting) -> None:
+    async def scenario(streams: Pair) -> None:
+        left, right = streams
+        mine, _ = begun(streams)
+        right.pause()
+        left.send([b"never read"])
+        await turns()
+        right.send([b"last words"])
+        right.abort()
+        error = await mine.ended()
+        assert error is not None
+        assert error.errno == errno.ECONNRESET
+
+    setting.run(scenario)
+
+
 def test_what_a_peer_sent_before_it_closed_is_received_first(setting: Setting) -> None:
     async def scenario(streams: Pair) -> None:
         left, right = streams

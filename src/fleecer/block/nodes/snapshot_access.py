@@ -10,6 +10,7 @@ no longer copied for this snapshot, and their scratch is freed once no other sna
 
 from __future__ import annotations
 
+import asyncio
 import errno
 
 from fleecer import spares
@@ -19,7 +20,11 @@ from fleecer.block.inflight import InFlight
 from fleecer.block.node import HOLE, ZERO, Extent, Limits, Node, ReadAtOnce, merge_extents
 from fleecer.errors import IoError
 from fleecer.ranges import Buffer, align_down, align_up
+from fleecer.units import MiB
 
+_AT_ONCE_MAX_BYTES = 1 * MiB
+"""How much is read without a wait, or without a turn for others."""
+_STATUS_RUNS_MAX = 64
 PRESERVED = 1
 """Flag in `preserved_status`: the old data is in a scratch; without it the range is still shared with the disk."""
 
@@ -55,6 +60,8 @@ class SnapshotAccessNode(Node):
         holder, run = self._locate(offset, length)
         if run == length:
             return self._side(holder).try_pread(offset, length)
+        if length > _AT_ONCE_MAX_BYTES:
+            return None
         data = spares.take(length)
         position = 0
         while True:
@@ -95,6 +102,8 @@ class SnapshotAccessNode(Node):
             holder, run = self._locate(offset + position, length - position)
             data[position : position + run] = await self._read_run(holder, offset + position, run)
             position += run
+            if position // _AT_ONCE_MAX_BYTES != (position - run) // _AT_ONCE_MAX_BYTES:
+                await asyncio.sleep(0)
         return data
 
     async def _read_run(self, holder: Snapshot | None, offset: int, length: int) -> Buffer:
@@ -139,10 +148,10 @@ class SnapshotAccessNode(Node):
         return extents
 
     async def preserved_status(self, offset: int, length: int) -> list[Extent]:
-        """Which of the range is preserved (flag PRESERVED) and which still shared with the disk (0)."""
+        """Which of the range is preserved (flag PRESERVED) and which still shared with the disk (0); may stop early."""
         extents: list[Extent] = []
         end = offset + length
-        while offset < end:
+        while offset < end and len(extents) < _STATUS_RUNS_MAX:
             holder, run = self._locate(offset, end - offset, run_max=length)
             extents.append(Extent(run, PRESERVED if holder is not None else 0))
             offset += run

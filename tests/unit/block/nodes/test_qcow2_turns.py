@@ -75,3 +75,16 @@ async def test_a_search_of_many_tables_at_opening_lets_others_work(monkeypatch: 
     monkeypatch.setattr(opening, "_BYTES_BETWEEN_TURNS", 4 * KiB)
     edge = guest(node)
     assert await turns_beside(open_image(MemoryStorage(bytes(made.data)), read_only=True), edge) >= SIZE // (2 * MiB)
+
+
+@pytest.mark.parametrize("work", ["read", "write"])
+async def test_a_long_request_over_scattered_clusters_lets_others_work_after_each_mebibyte(work: str) -> None:
+    node = await open_image(await new_image(SIZE))
+    edge = guest(node)
+    cluster = 64 * KiB
+    for at in (*range(0, 20 * MiB, 2 * cluster), *range(cluster, 20 * MiB, 2 * cluster)):
+        await edge.pwrite(at, bytes([at // cluster % 251]) * cluster)
+    request = edge.pread(0, 20 * MiB) if work == "read" else edge.pwrite(0, b"w" * (20 * MiB))
+    assert await turns_beside(request, edge) >= 18
+    expected = [b"w" * cluster if work == "write" else bytes([at % 251]) * cluster for at in range(320)]
+    assert bytes(await edge.pread(0, 20 * MiB)) == b"".join(expected)

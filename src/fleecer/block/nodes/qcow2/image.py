@@ -16,8 +16,9 @@ from collections.abc import Callable
 from fleecer.block.edge import Edge
 from fleecer.block.node import Problem
 from fleecer.errors import CorruptImage, FleecerError, IoError, told
+from fleecer.formats.qcow2.compressed import unpack_cluster
 from fleecer.formats.qcow2.header import AUTOCLEAR_FIELD, CORRUPT, INCOMPATIBLE_FIELD, Header
-from fleecer.formats.qcow2.tables import COPIED, OFFSET_MASK, Mapping
+from fleecer.formats.qcow2.tables import COPIED, OFFSET_MASK, Compressed, Mapping
 from fleecer.ranges import Buffer
 
 
@@ -45,6 +46,7 @@ class Image:
         self.failure: FleecerError | None = None
         self.on_failure: Callable[[Problem], None] | None = None
         self._incompatible = header.incompatible_features
+        self._unpacked: tuple[int, bytes] = (0, b"")  # the compressed cluster read last, and where it is
 
     async def read(self, offset: int, length: int) -> Buffer:
         """Bytes of the file, zeroes where it has ended."""
@@ -55,6 +57,16 @@ class Image:
         if offset < end:
             data[: end - offset] = await self.file.pread(offset, end - offset)
         return data
+
+    async def read_compressed(self, plan: Compressed) -> Buffer:
+        """What a plan wants of a compressed cluster. None is ever written here, so what was at an offset still is."""
+        host, unpacked = self._unpacked
+        if host != plan.host_offset:
+            packed = await self.read(plan.host_offset, plan.host_length)
+            kind = self.header.compression_type
+            unpacked = unpack_cluster(packed, self.header.cluster_size, kind, self.path, plan.host_offset)
+            self._unpacked = (plan.host_offset, unpacked)
+        return unpacked[plan.offset_in_cluster : plan.offset_in_cluster + plan.length]
 
     async def prepare_writing(self) -> None:
         """What must be before the first write: autoclear bits are cleared, durably, and metadata clusters are known."""

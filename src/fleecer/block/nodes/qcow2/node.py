@@ -26,7 +26,6 @@ from fleecer.block.nodes.qcow2.commit import Committer
 from fleecer.block.nodes.qcow2.image import Image
 from fleecer.block.nodes.qcow2.metadata import SingleFlight, Slice, SliceCache
 from fleecer.errors import CorruptImage
-from fleecer.formats.qcow2.compressed import unpack_cluster
 from fleecer.formats.qcow2.header import COMPRESSION_ZSTD, LAZY_REFCOUNTS
 from fleecer.formats.qcow2.tables import (
     COMPRESSED,
@@ -81,7 +80,6 @@ class Qcow2Node(Node):
         "_slice_mask",
         "_slice_start_mask",
         "_slices",
-        "_unpacked",
     )
 
     def __init__(
@@ -138,7 +136,6 @@ class Qcow2Node(Node):
         self._in_flight = InFlight(serialise=serialise)
         self._flights = SingleFlight()
         # The compressed cluster unpacked last: small reads come one after the other.
-        self._unpacked: tuple[int, bytes] = (0, b"")
 
     # The six operations.
 
@@ -436,6 +433,8 @@ class Qcow2Node(Node):
             if not isinstance(plan, Zero):
                 data[at : at + plan.length] = await self._carry_out(plan, offset + at)
             at += plan.length
+            if at // _PIECE_MAX_BYTES != (at - plan.length) // _PIECE_MAX_BYTES:
+                await asyncio.sleep(0)
         return data
 
     async def _carry_out(self, plan: Plan, offset: int) -> Buffer:
@@ -444,22 +443,12 @@ class Qcow2Node(Node):
         if isinstance(plan, Zero):
             return zeroes(plan.length)
         if isinstance(plan, Compressed):
-            return await self._unpack(plan)
+            return await self._image.read_compressed(plan)
         backed = 0 if self._backing is None else min(max(self._backing.size - offset, 0), plan.length)
         if not backed or self._backing is None:
             return zeroes(plan.length)
         data = await self._backing.pread(offset, backed)
         return data if backed == plan.length else b"".join((data, zeroes(plan.length - backed)))
-
-    async def _unpack(self, plan: Compressed) -> Buffer:
-        # Compressed clusters are never written here, so what was at an offset once is there for good.
-        host, unpacked = self._unpacked
-        if host != plan.host_offset:
-            packed = await self._image.read(plan.host_offset, plan.host_length)
-            kind = self._image.header.compression_type
-            unpacked = unpack_cluster(packed, self._cluster_size, kind, self._image.path, plan.host_offset)
-            self._unpacked = (plan.host_offset, unpacked)
-        return unpacked[plan.offset_in_cluster : plan.offset_in_cluster + plan.length]
 
     async def _backing_status(self, offset: int, length: int) -> list[Extent]:
         backing = self._backing
@@ -500,6 +489,8 @@ class Qcow2Node(Node):
         for host, length in runs:
             await self._image.check_overlap(host, length)
             await self._file.pwrite(host, view[:length])
+            if len(view) // _PIECE_MAX_BYTES != (len(view) - length) // _PIECE_MAX_BYTES:
+                await asyncio.sleep(0)
             view = view[length:]
         return True
 
