@@ -23,6 +23,8 @@ from bench.schemes import CLUSTER_BYTES, Scheme, scheme
 from bench.subjects import SchemeName, Server, Subject, daemon_options, escaped, served, serving
 from bench.works import GUEST_TIMEOUT_S, MiB, Stand, process_time, scattered
 
+BUSY_S = 0.1
+"""Of the processor: what a server has done by then for a guest shows that the guest writes."""
 COPY_TIMEOUT_S = 600.0
 STEADY_RATE = 2000
 """Requests a second of a guest whose latency is looked at: far from what any subject can do."""
@@ -134,8 +136,13 @@ class Copy:
             server, _, export = stack.enter_context(cut_disk(stand, subject, disk, "snapshot"))
             if self.busy:
                 job = ["--rw=randwrite", "--bs=4k", "--iodepth=16", f"--size={disk.size}", *server.fio_target()]
+                used_s = server.cpu_s() or 0.0
                 guest = stand.guest([[*job, f"--runtime={COPY_TIMEOUT_S:.0f}", "--time_based"]])
                 stack.callback(guest.end)
+                while (server.cpu_s() or 0.0) < used_s + BUSY_S:
+                    if not guest.running():
+                        raise BenchError("the guest has ended before the copy began")
+                    time.sleep(0.01)
             begun = time.perf_counter()
             with process_time(server, figures, "cpu") as units:
                 copier = Client(copy_command(self.tool, server.uri(export), disk.size), stand.directory)

@@ -489,6 +489,8 @@ MUTANTS = [
             holder, run = self._locate(offset + position, length - position)
             data[position : position + run] = await self._read_run(holder, offset + position, run)
             position += run
+            if position // _AT_ONCE_MAX_BYTES != (position - run) // _AT_ONCE_MAX_BYTES:
+                await asyncio.sleep(0)
         return data
 """,
         """
@@ -577,5 +579,76 @@ MUTANTS = [
         "                copy.over_at_s = now_s",
         "                pass",
         "a snapshot has all its time for its own scratch once another's was given up",
+    ),
+    Mutant(
+        "backup-waits-for-one-copy-only",
+        _COPIER,
+        """
+        while under_way := self._under_way(first, end):
+""",
+        """
+        if under_way := self._under_way(first, end):
+""",
+        "a full backup has ended when every copy of its range has",
+    ),
+    Mutant(
+        "copy-that-fails-at-once-counts",
+        _COPIER,
+        """
+                except FleecerError:
+                    return False  # `preserve` meets it again, and knows what is to be done
+""",
+        """
+                except FleecerError:
+                    pass  # `preserve` meets it again, and knows what is to be done
+""",
+        "a copy that failed at once is not settled",
+    ),
+    Mutant(
+        "used-target-taken-for-zero",
+        _COPIER,
+        """
+            if not settled and self._newest is not None and self._newest.fresh:
+""",
+        """
+            if not settled and self._newest is not None:
+""",
+        "where the disk is zero, a target that was used before must be zeroed",
+    ),
+    Mutant(
+        "one-late-reader-stands-for-all",
+        _COPIER,
+        """
+                self._reader_timed_out(snapshot, offset, length)
+""",
+        """
+                self._reader_timed_out(snapshot, offset, length)
+                return
+""",
+        "after one snapshot's reader was given up, those of the others are waited for all the same",
+    ),
+    Mutant(
+        "retired-scratch-never-given-back",
+        _COPIER,
+        """
+        return [old.scratch for old in dropped]
+""",
+        """
+        return [old.scratch for old in dropped if old is snapshot]
+""",
+        "a scratch that was kept for an older snapshot goes with that",
+    ),
+    Mutant(
+        "busy-with-the-newest-ones-readers-only",
+        _COPIER,
+        """
+        for snapshot in self._snapshots:
+            if len(snapshot.frozen):
+""",
+        """
+        for snapshot in self._snapshots[-1:]:
+            if len(snapshot.frozen):
+""",
+        "a change of what is settled waits for the frozen reads of every snapshot",
     ),
 ]

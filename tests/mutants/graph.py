@@ -327,4 +327,38 @@ MUTANTS = [
 """,
         "ranges overlap whichever begins first",
     ),
+    Mutant(
+        "fua-at-once-not-flushed",
+        _EDGE,
+        """
+            if fua:
+                await self.flush()
+""",
+        "",
+        "a write with FUA is durable when it returns, also one that was done at once",
+    ),
+    Mutant(
+        "reads-at-once-are-not-checked",
+        _EDGE,
+        """
+        if self._gate is not None or not self._plain or node.check is not None:
+""",
+        """
+        if self._gate is not None or not self._plain:
+""",
+        "a fleecing target whose job has ended never shows the present, nor at once over NBD",
+    ),
+    Mutant(
+        "zeroes-with-fua-not-flushed",
+        _EDGE,
+        """
+                await _shaped_zero(node, offset, length, unmap, serialising)
+            if fua:
+                await node.flush()
+""",
+        """
+                await _shaped_zero(node, offset, length, unmap, serialising)
+""",
+        "zeroes written with FUA are durable on return",
+    ),
 ]

@@ -482,4 +482,15 @@ MUTANTS = [
 """,
         "an L1 entry names a table only after it has been written",
     ),
+    Mutant(
+        "links-more-than-it-got",
+        _NODE,
+        """
+        for at in range(run.clusters):
+            entries[first + at] = run.offset""",
+        """
+        for at in range(new):
+            entries[first + at] = run.offset""",
+        "only clusters that were allocated are linked",
+    ),
 ]

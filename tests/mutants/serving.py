@@ -141,4 +141,14 @@ MUTANTS = [
 """,
         "a coroutine that was stepped at once goes on when what it waits for is there",
     ),
+    Mutant(
+        "backup-done-though-its-flush-failed",
+        _BACKUP,
+        """
+        if self._failure is not None:
+            raise self._failure
+""",
+        "",
+        "a backup whose copying, or whose flush, failed has failed",
+    ),
 ]

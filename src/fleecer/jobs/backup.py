@@ -33,7 +33,10 @@ _STEPS_AT_ONCE = 4
 
 @dataclasses.dataclass(slots=True)
 class BackupRequest:
-    """What one backup is asked for. `fresh` says that the target was never written and reads as zeroes."""
+    """What one backup is asked for. `fresh` says that the target was never written and reads as zeroes.
+
+    `cluster_size_bytes` is the unit of copying; that of the target, if it is larger.
+    """
 
     job_id: str
     device: Node
@@ -44,6 +47,7 @@ class BackupRequest:
     timeout_s: float = TIMEOUT_S
     auto_dismiss: bool = True
     fresh: bool = False
+    cluster_size_bytes: int = CLUSTER_SIZE_BYTES
 
 
 class BackupJob(Job):
@@ -166,7 +170,7 @@ async def start_backups(
                     filter_name=request.filter_name,
                     on_error=request.on_error,
                     timeout_s=request.timeout_s,
-                    cluster_size_bytes=max(CLUSTER_SIZE_BYTES, request.target.limits.cluster_size_bytes),
+                    cluster_size_bytes=max(request.cluster_size_bytes, request.target.limits.cluster_size_bytes),
                 )
             )
         fleeces = await cut(graph, plans)

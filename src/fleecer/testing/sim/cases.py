@@ -6,20 +6,22 @@ A case is data, so it can be written down, made smaller and run again:
 
     write, zero, discard, read FIRST END      a guest, on sectors [FIRST, END)
     fua, anew FIRST END                       a write with FUA; one by a guest who comes and goes
+    fzero FIRST END                           zeroes with FUA
     blank FIRST END                           writes zeroes, and keeps the space
     flush                                     a guest
     sread, sstatus WHICH FIRST END            a reader of the snapshot that is WHICH-th in age then
     sstart                                    a snapshot read through snapshot-access
-    jstart                                    a backup job into an overlay of the live disk (the first scheme)
+    jstart, fstart                            a backup job into an overlay of the live disk (the first scheme); one that
+                                              copies the whole disk there, and ends
     sstop, jcancel [WHICH]                    ends the snapshot or job that is WHICH-th in age then (default 0)
-    backup                                    copies the whole disk of an instant
+    backup, rebackup                          copies the whole disk of an instant; to a target that was used before
 
 Where there is no such snapshot nothing is done.
 
 Each actor does one thing after the other, all actors at once. `held` are made before, and the first `filled` sectors
 written (-1: all). `seed` decides times and tearing; `prompt` gives disks that take no time, so that the schedule alone
 decides. `over_nbd` puts a connection between everyone and the disk. `copy_timeout_s` bounds copies; 0: it does not.
-`on_error` tells what gives way where a copy fails.
+`on_error` tells what gives way where a copy fails; with `unmap` a qcow2 image discards what it frees.
 """
 
 from __future__ import annotations
@@ -39,10 +41,10 @@ from fleecer.testing.sim.oracle import Violation
 from fleecer.testing.sim.world import Format, Held, Medium, World, make_world, prompt
 
 Scheme = Literal["access", "target"]
-GUESTS = ("write", "zero", "discard", "read", "flush", "fua", "blank", "anew")
+GUESTS = ("write", "zero", "discard", "read", "flush", "fua", "blank", "anew", "fzero")
 READERS = ("sread", "sstatus")
 _CROWDS = 0.2
-OPERATORS = ("sstart", "sstop", "jstart", "jcancel", "backup")
+OPERATORS = ("sstart", "sstop", "jstart", "jcancel", "backup", "rebackup", "fstart")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -60,6 +62,7 @@ class Case:
     filled: int = -1
     copy_timeout_s: float = 0.0
     on_error: OnError = "break-snapshot"
+    unmap: bool = False
 
     def to_json(self) -> str:
         """One line that `from_json` reads."""
@@ -99,6 +102,7 @@ def draw_case(seed: int) -> Case:
         over_nbd=draw.random() < 0.5,
         inline=draw.choice((0.0, 0.3, 0.8)),
         filled=draw.choice((-1, -1, 0, 8)),
+        unmap=draw.random() < 0.3,
     )
 
 
@@ -111,7 +115,7 @@ def draw_crowd(seed: int, disk_format: Format) -> Case:
 
 
 def _draw_guest(draw: random.Random, clusters: int) -> str:
-    (kind,) = draw.choices(GUESTS, (6, 2, 2, 5, 1, 1, 1, 1))
+    (kind,) = draw.choices(GUESTS, (6, 2, 2, 5, 1, 1, 1, 1, 1))
     return kind if kind == "flush" else f"{kind} {_draw_range(draw, clusters)}"
 
 
@@ -121,7 +125,7 @@ def _draw_reader(draw: random.Random, clusters: int) -> str:
 
 
 def _draw_operator(draw: random.Random) -> str:
-    (kind,) = draw.choices(OPERATORS, (3, 2, 2, 2, 1))
+    (kind,) = draw.choices(OPERATORS, (6, 4, 4, 4, 2, 1, 1))
     return f"{kind} {draw.randrange(2)}" if kind in ("sstop", "jcancel") else kind
 
 
@@ -176,6 +180,7 @@ async def _prepare(case: Case, trace: list[str] | None, medium: Medium | None) -
         medium=medium,
         over_nbd=case.over_nbd,
         flushes=any("flush" in actor for actor in case.actors),
+        unmap=case.unmap,
         trace=trace,
     )
     world.do_at_once(1.0)  # until the actors come: how the disk came to be is not what is searched
@@ -210,8 +215,10 @@ async def _operate(world: World, kind: str, which: int = 0) -> None:
             await world.take()
         elif kind == "jstart":
             await world.fleece()
-        elif kind == "backup":
-            await world.backup()
+        elif kind == "fstart":
+            await world.fleece(sync="full")
+        elif kind in ("backup", "rebackup"):
+            await getattr(world, kind)()
         elif held := _pick([one for one in world.held if (one.job is not None) == (kind == "jcancel")], which):
             await world.end(held)
     except FleecerError as error:

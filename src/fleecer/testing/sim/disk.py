@@ -4,7 +4,7 @@ Fault model
 - A request is submitted, takes effect on the content at one or two later moments (*torn* between sectors, or inside
   one, as between pread(2) and pwrite(2)), and completes at another one after that. Requests in flight overtake each
   other. Times have a heavy tail: some are a thousand times longer than most. Some requests are done at once, inside
-  the call, as those in the page cache are.
+  the call, as those in the page cache are; of these only writes can fail at once.
 - What was written is readable once it has taken effect. It is durable once a sync that was submitted after the write
   had completed has completed itself. Until then, from its submission on, any subset of its sectors may be on the
   medium after a power cut, in any order with other such writes.
@@ -25,7 +25,7 @@ import dataclasses
 import errno as _errno
 import itertools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Literal
 
 from fleecer.errors import IoError
@@ -66,9 +66,8 @@ class Faults:
 
     def next(self, operation: str) -> Kind | None:
         """The fault of the request submitted now, if any."""
-        number = self.seen
+        kind = self.ahead(operation)
         self.seen += 1
-        kind = self.at.get(number) or self._stuck.get(operation)
         if kind is not None:
             self.hit.append(f"{operation}:{kind}")
             if self.for_good:
@@ -80,12 +79,9 @@ class Faults:
         self.at.clear()
         self._stuck.clear()
 
-    def spares(self, operation: str) -> bool:
-        """Whether the request submitted now has no fault; then it is counted."""
-        if self.seen in self.at or operation in self._stuck:
-            return False
-        self.seen += 1
-        return True
+    def ahead(self, operation: str) -> Kind | None:
+        """The fault of the request that is submitted next, if any."""
+        return self.at.get(self.seen) or self._stuck.get(operation)
 
 
 @dataclasses.dataclass(slots=True)
@@ -178,8 +174,10 @@ class SimDisk:
 
     def try_pread(self, offset: int, length: int) -> Buffer | None:
         """See `Storage.try_pread`: at once, if `inline` has it so."""
-        if not self._is_inline("read"):
+        if not self._is_inline("read", ()):
             return None
+        if self.faults is not None:
+            self.faults.next("read")
         data = bytearray(length)
         self._copy_out(data, offset, offset, offset + length)
         self._say(f"read {offset}+{length} at once")
@@ -188,13 +186,20 @@ class SimDisk:
     def try_pwrite(self, offset: int, data: Buffer) -> bool:
         """See `Storage.try_pwrite`: at once, if `inline` has it so."""
         end = offset + len(data)
-        if end > self.size or not self._is_inline("write"):
+        has_room = end <= self.size or (end <= self._size_max and self.limits.growable)
+        if not has_room or not self._is_inline("write", ("EIO", "ENOSPC")):
             return False
+        fault = self.faults.next("write") if self.faults is not None else None
         self._say(f"write {offset}+{len(data)} at once")
         write = self._submit(offset, bytes(data))
+        if fault is not None:
+            self._put(offset, write.data[: self._tear(offset, len(data), fault) - offset])
+            write.in_doubt = True
+            self._raise("write", fault, offset, len(data))
         self._put(offset, write.data)
         self._position += 1
         write.ended = self._position
+        self.size = max(self.size, end)
         return True
 
     async def pread(self, offset: int, length: int) -> Buffer:
@@ -310,11 +315,12 @@ class SimDisk:
         self._say(f"{operation} {offset}+{length}")
         return self.faults.next(operation) if self.faults is not None else None
 
-    def _is_inline(self, operation: str) -> bool:
-        """Whether the request submitted now is done at once. One that is to fail is not."""
+    def _is_inline(self, operation: str, faults: Collection[Kind]) -> bool:
+        """Whether the request submitted now is done at once. One that is to fail is not, but in these ways."""
         if not self.inline or self._generator.random() >= self.inline:
             return False
-        return self.faults is None or self.faults.spares(operation)
+        fault = self.faults.ahead(operation) if self.faults is not None else None
+        return fault is None or fault in faults
 
     def _submit(self, offset: int, data: bytes) -> _Write:
         write = _Write(self._position, offset, data)

@@ -74,7 +74,7 @@ class FaultPoint:
 
 
 def late_programs() -> Iterator[Case]:
-    """Programs in which the one snapshot's reader is at the disk before guests change it."""
+    """Programs in which readers of snapshots are at the disk before guests change it, and those who flush together."""
     guests = (
         ("read 0 16", "read 0 16", "read 0 16", "write 0 8", "flush"),
         ("read 0 16", "read 0 16", "read 0 16", "discard 8 16", "write 9 12"),
@@ -91,14 +91,45 @@ def late_programs() -> Iterator[Case]:
             inline=0.5 * seed,
             copy_timeout_s=COPY_TIMEOUT_S,
         )
+    for disk_format in formats:
+        both = (("sread 0 0 16", "sread 0 0 8"), ("sread 1 0 16", "sread 1 0 8"))
+        changes = (("read 0 16", "read 0 16", "write 0 8"),)
+        yield Case(disk_format, 2, ("access", "access"), (*changes, *both), copy_timeout_s=COPY_TIMEOUT_S)
+    for disk_format, seed in itertools.product(formats, range(3)):
+        flushes = (("write 0 4", "flush", "flush"), ("write 8 12", "flush"), ("fua 4 8", "fzero 12 16"))
+        yield Case(disk_format, 2, (), flushes, seed=seed, inline=0.5, copy_timeout_s=COPY_TIMEOUT_S)
+
+
+def backup_programs() -> Iterator[Case]:
+    """Programs in which guests write while the disk is copied, to a new target or a used one."""
+    guests = (("write 0 8", "zero 4 16", "write 2 6"), ("write 9 12", "flush", "discard 8 16", "read 0 16"))
+    ways: tuple[tuple[str, OnError], ...] = (("backup", "break-snapshot"), ("rebackup", "break-guest-write"))
+    for disk_format, (seed, (operator, gives_way)) in itertools.product(get_args(Format), enumerate(ways)):
+        yield Case(
+            disk_format,
+            3,
+            (),
+            (*guests, (operator,)),
+            seed=seed,
+            inline=0.5 * seed,
+            filled=8,
+            copy_timeout_s=_LONG_TIMEOUT_S if seed else COPY_TIMEOUT_S,
+            on_error=gives_way,
+        )
 
 
 def programs() -> Iterator[Case]:
+    """All of them."""
+    yield from late_programs()
+    yield from backup_programs()
+    yield from mixed_programs()
+
+
+def mixed_programs() -> Iterator[Case]:
     """Small programs in which guests, readers and an operator meet, on every format, for each scheme.
 
     Snapshots give way in one half of them, guests in the other.
     """
-    yield from late_programs()
     guests = (
         ("write 0 8", "zero 4 16", "flush", "write 2 6"),
         ("blank 8 16", "write 9 12", "flush", "discard 8 16", "read 0 16"),
@@ -107,7 +138,7 @@ def programs() -> Iterator[Case]:
     for seed in range(SEEDS):
         gives_way: OnError = "break-guest-write" if seed % 2 else "break-snapshot"
         operators: dict[Scheme, tuple[str, ...]] = {
-            "access": ("sstart", "sstop") if seed == 2 else ("sstart",),
+            "access": ("sstart", "sstop") if seed in (0, 3) else ("sstart",),
             "target": ("sstart", "jcancel"),
         }
         for disk_format in get_args(Format):
@@ -121,6 +152,7 @@ def programs() -> Iterator[Case]:
                     filled=0 if disk_format == "overlay" else -1,  # so that the base is read
                     copy_timeout_s=_LONG_TIMEOUT_S if seed % 2 else COPY_TIMEOUT_S,
                     on_error=gives_way,
+                    unmap=seed % 2 == 0,
                 )
 
 
@@ -187,7 +219,7 @@ def _disk_names(case: Case) -> list[str]:
     held = [
         f"{'scratch-s' if scheme == 'access' else 'target-b'}{serial}" for serial, scheme in enumerate(case.held, 1)
     ]
-    return [*own, *held, f"scratch-s{len(held) + 1}"]
+    return [*own, *held, f"scratch-s{len(held) + 1}", f"target-f{len(held) + 1}"]
 
 
 def run_fault_point(point: FaultPoint) -> NamedLoop:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 from fleecer.testing.sim.cases import Case, draw_crowd, run_case, run_seed
 from fleecer.testing.sim.exhaust import cases, exhaust_case, longer_cases, worlds
-from fleecer.testing.sim.faultpoints import late_programs, programs, run_fault_points
+from fleecer.testing.sim.faultpoints import backup_programs, late_programs, mixed_programs, run_fault_points
 from fleecer.testing.sim.powercut import Workload, duets, judge_workload, workloads
 from fleecer.testing.sim.together import run_together
 
@@ -22,7 +22,7 @@ _FIRST_SEEDS = 300
 _CROWDS = 400
 _DUETS_EVERY = 7
 _CUTS = 6
-_FAULT_PROGRAMS = 26
+_FAULT_PROGRAMS = 20
 _FAULTS_EVERY = 5
 _PAIRS_EVERY = 5
 
@@ -41,7 +41,8 @@ def gauntlet() -> str:
         lambda: _play("crowds", range(_CROWDS), lambda seed: run_case(draw_crowd(seed, "raw"))),
         lambda: _cut(workloads(1)),
         lambda: _fail(late_programs(), 1),
-        lambda: _fail(itertools.islice(programs(), _FAULT_PROGRAMS), _FAULTS_EVERY),
+        lambda: _fail(backup_programs(), 1),
+        lambda: _fail(itertools.islice(mixed_programs(), _FAULT_PROGRAMS), _FAULTS_EVERY),
         lambda: _exhaust(longer_cases()),
         lambda: _cut(workload for workload in workloads(3) if workload.setting == "raw"),
         lambda: _play("schedules", range(_FIRST_SEEDS, _SEEDS), run_seed),

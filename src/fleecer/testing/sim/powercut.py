@@ -1,9 +1,11 @@
 """Power cuts: everything a qcow2 image may hold after one, at every moment of a small workload, opened and judged.
 
-A workload is up to three operations of a guest, in turn or at once, or two guests who flush what they did, on
+A workload is up to three operations of a guest, in turn or at once, or two guests who flush what they did, or up to two
+operations by requests that are done inside their call, as in the page cache; on
 
     fresh      an image in which nothing was ever written
     used       one whose clusters are all there
+    unmap      the same, and what is freed is discarded in the file
     backing    one with a backing file
     snapshot   one with a snapshot active
     raw        a raw disk over NBD, where flushes come by a connection of their own
@@ -37,8 +39,10 @@ from fleecer.testing.sim.loop import simulate
 from fleecer.testing.sim.oracle import SECTOR_BYTES, Violation, stamp
 from fleecer.testing.sim.world import OF_BASE, Format, Medium, World, make_world
 
-Setting = Literal["fresh", "used", "backing", "snapshot", "raw"]
+Setting = Literal["fresh", "used", "unmap", "backing", "snapshot", "raw"]
 OPERATIONS = ("write 0 8", "write 4 12", "zero 0 16", "discard 0 8", "flush", "fua 4 12")
+_DURABLE = ("fzero 0 16", "fzero 4 8")
+_INLINE_MAX = 2
 _CHANGES = ("write 0 8", "write 4 12", "zero 0 16", "discard 0 8", "write 8 16")
 SETTINGS: tuple[Setting, ...] = get_args(Setting)
 _FORMATS: dict[Setting, Format] = {"backing": "overlay", "raw": "raw"}  # else qcow2
@@ -54,6 +58,7 @@ class Workload:
     setting: Setting
     operations: tuple[str, ...]
     at_once: bool
+    inline: float = 0.0
     seed: int = 0
 
 
@@ -75,6 +80,11 @@ def workloads(size: int) -> Iterator[Workload]:
                 yield Workload(setting, operations, at_once=False)
             for operations in itertools.combinations_with_replacement(OPERATIONS, count) if count > 1 else ():
                 yield Workload(setting, operations, at_once=True)
+        for count in range(1, min(size, _INLINE_MAX) + 1):
+            for operations in itertools.product((*OPERATIONS, *_DURABLE), repeat=count):
+                yield Workload(setting, operations, at_once=False, inline=1.0)
+                if not set(OPERATIONS).issuperset(operations):
+                    yield Workload(setting, operations, at_once=False)
 
 
 def duets() -> Iterator[Workload]:
@@ -111,15 +121,17 @@ async def _run(workload: Workload) -> World:
         format=_FORMATS.get(workload.setting, "qcow2"),
         medium=Medium(record=True),
         over_nbd=workload.setting == "raw",
+        unmap=workload.setting == "unmap",
     )
     world.history.clock = lambda: world.image.position
     if workload.setting == "snapshot":
         await world.write(0, 8)
         await world.flush()
         await world.take()
-    elif workload.setting == "used":
+    elif workload.setting in ("used", "unmap"):
         await world.write(0, 16)
         await world.flush()
+    world.do_at_once(workload.inline)
     steps = [_step(world, operation) for operation in workload.operations]
     if workload.at_once:
         await asyncio.gather(*steps)

@@ -39,6 +39,8 @@ CLUSTER_BYTES = 4096
 _TEAR_BYTES = SECTOR_BYTES // 8
 OF_BASE = 1 << 40
 """The number that the sectors of an overlay's backing file bear."""
+OF_OTHERS = 1 << 42
+"""The number that the sectors of a backup's target bear that was used before."""
 SECTORS_PER_CLUSTER = CLUSTER_BYTES // SECTOR_BYTES
 
 Format = Literal["raw", "bare", "blocks", "qcow2", "overlay"]
@@ -83,6 +85,7 @@ class World:
         self.faults = medium.faults
         self.slowest_s = 0.0  # the longest that a guest's request took
         self.records = medium.record
+        self.own_nodes: list[Node] = []  # the disk's
         self._medium = medium
         self._inline = 0.0
         self._trace = trace
@@ -178,11 +181,17 @@ class World:
         finally:
             await self.graph.drain_and_detach(edge)
 
-    async def zero(self, first: int, end: int, *, unmap: bool = True) -> None:
-        """Writes zeroes."""
-        change = self.history.begin(first, end, zero=True)
+    async def zero(self, first: int, end: int, *, unmap: bool = True, fua: bool = False) -> None:
+        """Writes zeroes; with `fua` durably."""
+        change = self.history.begin(first, end, zero=True, lingers=fua)
         self.say(f"guest zeroes sectors {first}..{end - 1}")
-        await self._change(change, self.top.zero(first * SECTOR_BYTES, (end - first) * SECTOR_BYTES, unmap))
+        await self._change(change, self.top.zero(first * SECTOR_BYTES, (end - first) * SECTOR_BYTES, unmap, fua))
+        if fua and not change.failed:
+            self.history.finish_flush([change])
+
+    async def fzero(self, first: int, end: int) -> None:
+        """Writes zeroes durably."""
+        await self.zero(first, end, fua=True)
 
     async def blank(self, first: int, end: int) -> None:
         """Writes zeroes, and keeps the space."""
@@ -269,10 +278,12 @@ class World:
         held = Held(name, reader, await self.door(name, reader), oracle, fleece.snapshot, fleece)
         return self._hold(held)
 
-    async def fleece(self, target: SimDisk | None = None, *, depth: int = 0) -> Held:
+    async def fleece(
+        self, target: SimDisk | None = None, *, depth: int = 0, sync: Literal["none", "full"] = "none"
+    ) -> Held:
         """A snapshot by the first scheme: a qcow2 image over the live disk, kept true by a backup job.
 
-        `depth` empty images are between the two.
+        `depth` empty images are between the two. A `full` job copies all of the disk besides, and ends by itself.
         """
         self._serial += 1
         name = f"b{self._serial}"
@@ -283,7 +294,7 @@ class World:
         disk = target or self.disk(_empty_image(self.size), f"target-{name}")
         node = await self._overlay(name, disk, below, read_only=False)
         reader = self.graph.attach(node, f"export {name}", "nbd")
-        request = BackupRequest(name, self.node, node, "none", timeout_s=self.copy_timeout_s, on_error=self.on_error)
+        request = self._request(name, node, sync)
         try:
             (job,) = await start_backups(self.graph, self.jobs, [request], lambda *_: None)
         except BaseException:
@@ -309,14 +320,28 @@ class World:
         self.graph.add(node, named=False)
         return node
 
-    async def backup(self) -> None:
-        """Copies the whole disk of an instant, and checks that the copy is that, durably."""
+    def _request(self, name: str, target: Node, sync: Literal["none", "full"], *, fresh: bool = False) -> BackupRequest:
+        return BackupRequest(
+            name,
+            self.node,
+            target,
+            sync,
+            fresh=fresh,
+            timeout_s=self.copy_timeout_s,
+            on_error=self.on_error,
+            cluster_size_bytes=CLUSTER_BYTES,
+        )
+
+    async def backup(self, *, fresh: bool = True) -> None:
+        """Copies the whole disk of an instant, and checks that the copy is that, durably.
+
+        To a new target, or one that holds something else.
+        """
         self._serial += 1
         name = f"f{self._serial}"
-        disk = self.disk(self.size, f"target-{name}", record=True)
-        request = BackupRequest(
-            name, self.node, self.add(disk), "full", fresh=True, timeout_s=self.copy_timeout_s, on_error=self.on_error
-        )
+        used = b"".join(stamp(OF_OTHERS, sector) for sector in range(self.history.sectors))
+        disk = self.disk(self.size if fresh else used, f"target-{name}", record=True)
+        request = self._request(name, self.add(disk), "full", fresh=fresh)
         (job,) = await start_backups(self.graph, self.jobs, [request], lambda *_: None)
         oracle = SnapshotOracle(name, self._image())
         self.say(f"backup {name} started")
@@ -327,6 +352,10 @@ class World:
                 oracle.check_read(0, bytes(medium))
         elif not self.failed():
             raise Violation(f"backup {name} failed: {job.error}")
+
+    async def rebackup(self) -> None:
+        """A backup to a target that holds something else."""
+        await self.backup(fresh=False)
 
     def _image(self) -> list[set[int]]:
         """What the disk is now, when a cut has just returned and nothing has run since."""
@@ -368,7 +397,8 @@ class World:
 
     def _may_fail(self, held: Held) -> bool:
         """Whether a read of the snapshot may fail: something broke, or its connections were cut off as it was ended."""
-        return held.snapshot.broken is not None or self.failed() or (held.ending and self.server is not None)
+        is_over = held.ending and (self.server is not None or held.job is not None)
+        return held.snapshot.broken is not None or self.failed() or is_over
 
     async def end(self, held: Held) -> None:
         """Ends a snapshot, its readers' requests in flight first."""
@@ -380,6 +410,7 @@ class World:
         if held.job is not None:
             with contextlib.suppress(JobError):  # it ended by itself: its target failed
                 await held.job.cancel()
+            await self.read_snapshot(held, 0, self.history.sectors)  # the present it must not show
             await self.shut(held.name, held.door, held.edge)
         else:
             await self.shut(held.name, held.door, held.edge)
@@ -430,6 +461,8 @@ class World:
         for disk in self.disks:
             if disk.in_flight:
                 return f"{disk.name} has {disk.in_flight} requests in flight at the end"
+        if foreign := [node.name for node in self.graph.nodes() if node not in self.own_nodes]:
+            return f"nodes stay behind: {foreign}"
         return "a job stays behind" if self.jobs.jobs() else ""
 
     async def _all_has_ended(self) -> None:
@@ -538,11 +571,13 @@ async def make_world(
     medium: Medium | None = None,
     over_nbd: bool = False,
     flushes: bool = True,
+    unmap: bool = False,
     trace: list[str] | None = None,
 ) -> World:
     """A disk of `clusters` clusters of 4 KiB, with no snapshot, and a guest's way to it, `over_nbd` or directly.
 
-    Who `flushes` does it by a connection of their own.
+    Who `flushes` does it by a connection of their own. With `unmap` clusters of a qcow2 image that are freed are
+    discarded in its file.
     """
     world = World(generator, clusters, medium or Medium(), trace)
     record = world.records
@@ -566,8 +601,11 @@ async def make_world(
             world.history = History(world.history.sectors, dict.fromkeys(range(world.history.sectors), OF_BASE))
             backing = world.graph.attach(world.add(base), "node 'disk'", "backing")
         header = await read_header(file, "disk")
-        world.node = await open_qcow2(file, name="disk", header=header, backing=backing, read_only=False)
+        world.node = await open_qcow2(
+            file, name="disk", header=header, backing=backing, read_only=False, discard_freed=unmap
+        )
         world.graph.add(world.node, named=True)
+    world.own_nodes = world.graph.nodes()
     world.edge = world.graph.attach(world.node, "export 'disk'", "nbd", writable=True)
     world.server = Server(raise_internal_errors=True) if over_nbd else None
     world.top = await world.door("disk", world.edge)
