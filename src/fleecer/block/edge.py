@@ -34,6 +34,7 @@ class Edge:
     __slots__ = (
         "_closers",
         "_gate",
+        "_has_ended",
         "_idle",
         "_node",
         "_plain",
@@ -63,6 +64,7 @@ class Edge:
         self.busy = 0
         self._closers = 0
         self._gate: asyncio.Future[None] | None = None
+        self._has_ended = False
         self._idle: asyncio.Future[None] | None = None
         self.node = node
 
@@ -304,12 +306,22 @@ class Edge:
         """Lets the waiting requests go on, in the order they came, unless somebody else keeps the gate closed."""
         assert self._gate is not None, f"the gate of {self} is open already"
         self._closers -= 1
-        if not self._closers:
+        if not self._closers and not self._has_ended:
             self._gate.set_result(None)
             self._gate = None
 
+    def end(self) -> None:
+        """The edge has been detached: requests that wait at its gate, and those that still come, are refused."""
+        self._has_ended = True
+        if self._gate is None:
+            self._gate = asyncio.get_running_loop().create_future()
+        if not self._gate.done():
+            self._gate.set_result(None)
+
     async def _pass_gate(self) -> None:
         while self._gate is not None:
+            if self._has_ended:
+                raise IoError(errno.ESHUTDOWN, self._node.name, "request", detail=f"{self} has ended")
             await asyncio.shield(self._gate)
 
     def _now_idle(self) -> None:

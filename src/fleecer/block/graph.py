@@ -177,6 +177,7 @@ class Graph:
         if holders is None or edge not in holders:
             return
         holders.remove(edge)
+        edge.end()
         if not holders and node.name in self._nodes and node.name not in self._named:
             await self._close(node)
 
