@@ -173,11 +173,11 @@ MUTANTS = [
         _EDGE,
         """
         while self._gate is not None:
-            await asyncio.shield(self._gate)
+            if self._has_ended:
 """,
         """
         if self._gate is not None:
-            await asyncio.shield(self._gate)
+            if self._has_ended:
 """,
         "who waited at the gate looks at it again",
     ),
