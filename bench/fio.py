@@ -92,14 +92,16 @@ class Run:
         """Raises BenchError when it fails or does not end in time."""
         try:
             self._client.finish(timeout_s)
-            with open(self._report, encoding="utf-8", errors="replace") as file:
-                return parse(file.read())
+            return self._reported()
         finally:
             self.end()
 
     def stop(self) -> Result:
         """Ends it before its time; what it did until then. Raises BenchError when it did nothing, or had failed."""
         self._client.end()
+        return self._reported()
+
+    def _reported(self) -> Result:
         with open(self._report, encoding="utf-8", errors="replace") as file:
             return parse(file.read())
 

@@ -1,4 +1,4 @@
-"""Byte ranges and buffers: alignment, and the test for zeroes. Offsets and lengths are bytes."""
+"""Byte ranges and buffers: alignment, pieces, and the test for zeroes. Offsets and lengths are bytes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ Buffer = bytes | bytearray | memoryview
 
 ZEROES = bytes(1 * MiB)
 
+PIECE_BYTES = 1 * MiB
+"""How much one request does without a wait before others have a turn of the loop."""
+
 
 def align_down(offset: int, alignment: int) -> int:
     """The largest multiple of `alignment` that is not above `offset`."""
@@ -18,6 +21,11 @@ def align_down(offset: int, alignment: int) -> int:
 def align_up(offset: int, alignment: int) -> int:
     """The smallest multiple of `alignment` that is not below `offset`."""
     return -(-offset // alignment) * alignment
+
+
+def ends_piece(offset: int, length: int) -> bool:
+    """Whether a multiple of `PIECE_BYTES` lies behind the first byte of a range, its end included."""
+    return offset // PIECE_BYTES != (offset + length) // PIECE_BYTES
 
 
 def is_power_of_two(number: int) -> bool:

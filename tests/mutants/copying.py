@@ -488,9 +488,9 @@ MUTANTS = [
         while position < length:
             holder, run = self._locate(offset + position, length - position)
             data[position : position + run] = await self._read_run(holder, offset + position, run)
-            position += run
-            if position // _AT_ONCE_MAX_BYTES != (position - run) // _AT_ONCE_MAX_BYTES:
+            if ends_piece(position, run):
                 await asyncio.sleep(0)
+            position += run
         return data
 """,
         """

@@ -7,6 +7,7 @@ Invariants:
 - `busy` counts the requests that have passed the gate and not yet returned; drained means gate closed and busy == 0.
 - The node is looked up after the gate, so a node swapped in under drain sees every request that follows, and the node
   swapped out none.
+- An edge that was detached refuses what waits at its gate and what still comes.
 - A request that fits is handed on without a task, a lock or an allocation of its own; one that need not wait, without
   a coroutine either.
 - A padded write reads, changes and writes whole units under a serialising claim of the node's `padding`; on such a node

@@ -357,6 +357,13 @@ async def test_turns_are_long_until_somebody_asks_for_a_little_and_then_again(bi
     await greedy.all_answered()
 
 
+def hurry(client: Client) -> None:
+    """Asks for so many little reads that the client is kept busy."""
+    for at in range(HURRY_REQUESTS + 1):
+        client.codec.read(at * 512, 512)
+    client.send()
+
+
 async def test_turns_are_long_beside_somebody_who_is_kept_busy(big: Serving, greedy: Greedy) -> None:
     hurried = await big.client()
     cookie = hurried.codec.read(0, 512)  # a little: turns are short
@@ -365,9 +372,7 @@ async def test_turns_are_long_beside_somebody_who_is_kept_busy(big: Serving, gre
     greedy.ask(48)
     await turns(3)
     for _ in range(12):
-        for at in range(HURRY_REQUESTS + 1):
-            hurried.codec.read(at * 512, 512)
-        hurried.send()
+        hurry(hurried)
         await greedy.turn()
     assert sum(length >= LONG_TURN_BYTES for length in greedy.served) >= 6
     await turns(3)
@@ -396,9 +401,7 @@ async def test_turns_are_short_for_somebody_who_asks_for_a_little_beside_somebod
     greedy.ask(64)
     await turns(3)
     for _ in range(16):
-        for at in range(HURRY_REQUESTS + 1):
-            hurried.codec.read(at * 512, 512)
-        hurried.send()
+        hurry(hurried)
         small.codec.read(0, 512)
         small.send()
         await greedy.turn()

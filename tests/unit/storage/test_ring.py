@@ -379,6 +379,16 @@ async def disk(
     await storage.close()
 
 
+@pytest.fixture
+async def empty(uring_api: StandInModule, tmp_path: Path, pool: Pool) -> AsyncIterator[FileStorage]:
+    """A file of zeroes in a loop with a ring, of which reads are tried inline."""
+    assert await rings(pool) is not None
+    storage = await create_file(str(tmp_path / "empty"), size=SIZE)
+    storage._inline_read_flags = os.RWF_NOWAIT
+    yield storage
+    await storage.close()
+
+
 class Tries:
     """Counts inline reads; says of all that they are not `cached`."""
 
@@ -489,30 +499,24 @@ async def test_a_disk_that_hangs_is_not_asked_more_than_it_takes(
         await storage.close()
 
 
-async def test_reads_are_tried_inline_again_while_many_go_on_to_end(
-    uring_api: StandInModule, tmp_path: Path, pool: Pool, tries: Tries
-) -> None:
-    assert await rings(pool) is not None
-    storage = await create_file(str(tmp_path / "disk0"), size=SIZE)
-    storage._inline_read_flags = os.RWF_NOWAIT
+async def test_reads_are_tried_inline_again_while_many_go_on_to_end(empty: FileStorage, tries: Tries) -> None:
     at_once = 0
 
     async def reader() -> None:
         nonlocal at_once
         for _ in range(300):
-            if storage.try_pread(0, 4096) is None:
-                await storage.pread(0, 4096)
+            if empty.try_pread(0, 4096) is None:
+                await empty.pread(0, 4096)
             else:
                 at_once += 1
                 await asyncio.sleep(0)
 
     readers = [asyncio.create_task(reader()) for _ in range(4 * READS_MAX)]
-    while not tries.count or storage._disk.may_try:
+    while not tries.count or empty._disk.may_try:
         await asyncio.sleep(0)
     tries.cached = True  # all at once, while more than enough are under way
     await asyncio.gather(*readers)
     assert at_once > 150 * len(readers)
-    await storage.close()
 
 
 async def test_what_was_not_seen_to_be_read_with_nowait_is_not_for_the_ring(
@@ -575,36 +579,28 @@ async def test_an_error_of_the_ring_is_left_to_a_thread(
 
 @pytest.mark.parametrize("in_memory", [True, False])
 async def test_files_in_memory_and_those_without_nowait_are_not_for_the_ring(
-    in_memory: bool, uring_api: StandInModule, tmp_path: Path, pool: Pool, monkeypatch: pytest.MonkeyPatch
+    in_memory: bool, uring_api: StandInModule, empty: FileStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert await rings(pool) is not None
-    storage = await create_file(str(tmp_path / "disk0"), size=SIZE)
-    storage._inline_read_flags = os.RWF_NOWAIT
     without_nowait(monkeypatch)
     monkeypatch.setattr(fallocate, "is_in_memory", lambda fd: in_memory)
     for offset in (0, SIZE):  # there, and past the end: that is missed too
-        if storage.try_pread(offset, 4096) is None:
-            await storage.pread(offset, 4096)
+        if empty.try_pread(offset, 4096) is None:
+            await empty.pread(offset, 4096)
     assert not uring_api.made[0].batches
-    await storage.close()
 
 
 async def test_a_write_waits_for_a_read_of_its_range_that_the_ring_has(
-    uring_api: StandInModule, tmp_path: Path, pool: Pool, tries: Tries
+    uring_api: StandInModule, empty: FileStorage, tries: Tries
 ) -> None:
-    assert await rings(pool) is not None
-    storage = await create_file(str(tmp_path / "disk0"), size=SIZE)
-    storage._inline_read_flags = os.RWF_NOWAIT
-    node = FileNode("disk0", storage)
-    storage._has_missed = uring_api.made[0].held = True
+    node = FileNode("disk0", empty)
+    empty._has_missed = uring_api.made[0].held = True
     read = asyncio.create_task(node.pread(0, 4096))
     await turns(3)
     assert uring_api.made[0].submitted
     write = asyncio.create_task(node.pwrite(4095, b"n"))
     await turns(10)
-    was_written = write.done() or await asyncio.to_thread(Path(storage.name).read_bytes) != bytes(SIZE)
+    was_written = write.done() or await asyncio.to_thread(Path(empty.name).read_bytes) != bytes(SIZE)
     uring_api.made[0].release()
     assert await read == bytes(4096)
     assert not was_written
     await write
-    await storage.close()

@@ -19,11 +19,8 @@ from fleecer.block.edge import Edge
 from fleecer.block.inflight import InFlight
 from fleecer.block.node import HOLE, ZERO, Extent, Limits, Node, ReadAtOnce, merge_extents
 from fleecer.errors import IoError
-from fleecer.ranges import Buffer, align_down, align_up
-from fleecer.units import MiB
+from fleecer.ranges import PIECE_BYTES, Buffer, align_down, align_up, ends_piece
 
-_AT_ONCE_MAX_BYTES = 1 * MiB
-"""How much is read without a wait, or without a turn for others."""
 _STATUS_RUNS_MAX = 64
 PRESERVED = 1
 """Flag in `preserved_status`: the old data is in a scratch; without it the range is still shared with the disk."""
@@ -60,7 +57,7 @@ class SnapshotAccessNode(Node):
         holder, run = self._locate(offset, length)
         if run == length:
             return self._side(holder).try_pread(offset, length)
-        if length > _AT_ONCE_MAX_BYTES:
+        if length > PIECE_BYTES:
             return None
         data = spares.take(length)
         position = 0
@@ -101,9 +98,9 @@ class SnapshotAccessNode(Node):
         while position < length:
             holder, run = self._locate(offset + position, length - position)
             data[position : position + run] = await self._read_run(holder, offset + position, run)
-            position += run
-            if position // _AT_ONCE_MAX_BYTES != (position - run) // _AT_ONCE_MAX_BYTES:
+            if ends_piece(position, run):
                 await asyncio.sleep(0)
+            position += run
         return data
 
     async def _read_run(self, holder: Snapshot | None, offset: int, length: int) -> Buffer:

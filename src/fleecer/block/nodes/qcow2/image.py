@@ -46,7 +46,8 @@ class Image:
         self.failure: FleecerError | None = None
         self.on_failure: Callable[[Problem], None] | None = None
         self._incompatible = header.incompatible_features
-        self._unpacked: tuple[int, bytes] = (0, b"")  # the compressed cluster read last, and where it is
+        # The compressed cluster read last, and where it is: small reads come one after the other.
+        self._unpacked: tuple[int, bytes] = (0, b"")
 
     async def read(self, offset: int, length: int) -> Buffer:
         """Bytes of the file, zeroes where it has ended."""

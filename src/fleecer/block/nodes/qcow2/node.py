@@ -39,17 +39,12 @@ from fleecer.formats.qcow2.tables import (
     decode_table,
     join_backing,
 )
-from fleecer.ranges import Buffer, align_down, align_up, zeroes
-from fleecer.units import MiB
+from fleecer.ranges import PIECE_BYTES, Buffer, align_down, align_up, ends_piece, zeroes
 
 SLICE_BYTES_MAX = 4096
 STATUS_EXTENTS_MAX = 4096
 STATUS_ENTRIES_MAX = 32768
 _SLICES_BETWEEN_TURNS = 64
-_AT_ONCE_MAX_BYTES = 1 * MiB
-"""What is put together from several places without a turn of the loop."""
-_PIECE_MAX_BYTES = 1 * MiB
-"""Zeroes are written out in pieces of this size, with a turn of the loop between: one request may span terabytes."""
 _OTHER_BITS = COPIED - 1
 
 
@@ -135,7 +130,6 @@ class Qcow2Node(Node):
         )
         self._in_flight = InFlight(serialise=serialise)
         self._flights = SingleFlight()
-        # The compressed cluster unpacked last: small reads come one after the other.
 
     # The six operations.
 
@@ -167,7 +161,7 @@ class Qcow2Node(Node):
     def _read_parts_at_once(self, read: ReadAtOnce, offset: int, length: int) -> Buffer | None:
         """As `_read`, with nothing done where anything of it has to wait."""
         start, stop, _ = self._claim_bounds(offset, length)
-        if length > _AT_ONCE_MAX_BYTES or self._in_flight.would_wait(start, stop - start):
+        if length > PIECE_BYTES or self._in_flight.would_wait(start, stop - start):
             return None
         plans = self._plan_at_once(offset, length)
         if plans is None:
@@ -432,9 +426,9 @@ class Qcow2Node(Node):
         for plan in plans:
             if not isinstance(plan, Zero):
                 data[at : at + plan.length] = await self._carry_out(plan, offset + at)
-            at += plan.length
-            if at // _PIECE_MAX_BYTES != (at - plan.length) // _PIECE_MAX_BYTES:
+            if ends_piece(at, plan.length):
                 await asyncio.sleep(0)
+            at += plan.length
         return data
 
     async def _carry_out(self, plan: Plan, offset: int) -> Buffer:
@@ -486,12 +480,13 @@ class Qcow2Node(Node):
             runs.append((host + (position & self._offset_in_cluster), stop - position))
             position = stop
         view = memoryview(data)
+        at = 0
         for host, length in runs:
             await self._image.check_overlap(host, length)
-            await self._file.pwrite(host, view[:length])
-            if len(view) // _PIECE_MAX_BYTES != (len(view) - length) // _PIECE_MAX_BYTES:
+            await self._file.pwrite(host, view[at : at + length])
+            if ends_piece(at, length):
                 await asyncio.sleep(0)
-            view = view[length:]
+            at += length
         return True
 
     async def _write(self, offset: int, view: memoryview) -> None:
@@ -598,9 +593,9 @@ class Qcow2Node(Node):
         return bool(entry & ZERO_FLAG) or (not entry and self._backing is None)
 
     async def _write_zeroes(self, offset: int, end: int) -> None:
-        """Writes zeroes one by one, but not where there are some by the tables' word."""
+        """Writes zeroes one by one, but not where there are some by the tables' word; piece by piece."""
         while offset < end:
-            length = min(end - offset, _PIECE_MAX_BYTES)
+            length = min(end - offset, PIECE_BYTES)
             plans = await self._plan(offset, length)
             if not all(self._reads_zero(plan) for plan in plans):
                 await self._write(offset, memoryview(zeroes(length)))
