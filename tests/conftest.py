@@ -1,10 +1,23 @@
-"""What holds for every test: those that need the rights of root are left out for others, and said to be."""
+"""What holds for every test, however the suite was started and by whom.
+
+Stop signals are heeded: a shell's `&` and nohup have children ignore some. Tests that need the rights of root are left
+out for others, and said to be.
+"""
 
 from __future__ import annotations
 
 import os
+import signal
 
 import pytest
+
+from fleecer.app.signals import STOP_SIGNALS
+
+
+def pytest_configure() -> None:
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
