@@ -651,4 +651,68 @@ MUTANTS = [
 """,
         "a change of what is settled waits for the frozen reads of every snapshot",
     ),
+    Mutant(
+        "ended-snapshot-fails-the-change",
+        _COPIER,
+        """
+        concerned = [snapshot for snapshot in concerned if snapshot.readable]
+""",
+        "",
+        "a scratch that fails for a snapshot that has ended fails no guest's change",
+        tests=(
+            "tests/unit/block/test_copier.py::test_a_scratch_that_fails_when_its_snapshot_has_ended_fails_no_change",
+        ),
+    ),
+    Mutant(
+        "end-of-a-copy-is-no-progress",
+        _COPIER,
+        """
+                copy.over_at_s = asyncio.get_running_loop().time()
+                copy.snapshot.hold(""",
+        """
+                copy.snapshot.hold(""",
+        "a change waits as long as copies for it go on to end well",
+        tests=(
+            "tests/unit/block/test_copier.py::test_a_change_of_much_may_take_long_as_long_as_copies_for_it_end_well",
+        ),
+    ),
+    Mutant(
+        "gives-way-in-the-wrong-order",
+        _COPIER,
+        """
+    return snapshot.on_error == "break-snapshot"
+""",
+        """
+    return snapshot.on_error != "break-snapshot"
+""",
+        "no snapshot breaks for a change that fails for another's sake",
+        tests=(
+            "tests/unit/block/test_copier.py::test_of_those_that_wait_equally_long_the_one_that_fails_the_change_keeps_the_others_whole",
+        ),
+    ),
+    Mutant(
+        "revoked-scratch-freed-though-read",
+        _COPIER,
+        """
+            if holder is not None and not any(self._reads_from(s, holder, first, stop) for s in self._readable()):
+""",
+        """
+            if holder is not None:
+""",
+        "what a reader gave back is freed only when no other snapshot reads it",
+        tests=("tests/unit/block/test_copier.py::test_a_discard_frees_the_scratch_unless_another_snapshot_reads_it",),
+    ),
+    Mutant(
+        "copied-buffer-given-back-too-soon",
+        _COPIER,
+        """
+                await scratch.pwrite(start, data, serialising=copy.snapshot.serialising)
+                spares.give(data)
+""",
+        """
+                spares.give(data)
+                await scratch.pwrite(start, data, serialising=copy.snapshot.serialising)
+""",
+        "old data on its way to a scratch is nobody else's buffer",
+    ),
 ]

@@ -361,4 +361,50 @@ MUTANTS = [
 """,
         "zeroes written with FUA are durable on return",
     ),
+    Mutant(
+        "failed-cut-leaves-the-first-disk-cut",
+        _FLEECING,
+        """
+            for fleece in reversed(done):
+                _uncut_drained(graph, fleece)
+            raise
+""",
+        """
+            raise
+""",
+        "either every disk is cut or none is",
+        tests=("tests/unit/block/test_copier.py::test_a_cut_that_fails_takes_back_the_filters_it_put_in",),
+    ),
+    Mutant(
+        "flush-not-counted",
+        _EDGE,
+        """
+        self.busy += 1
+        try:
+            await self._node.flush()
+        finally:
+            self.busy -= 1
+            if self._idle is not None and not self.busy:
+                self._now_idle()
+""",
+        """
+        await self._node.flush()
+""",
+        "a node is closed when nothing is in flight on its edges, a flush neither",
+        tests=("tests/unit/block/test_edge.py::test_idle_is_told_for_every_kind_of_request_failed_ones_too",),
+    ),
+    Mutant(
+        "lower-gates-close-with-the-upper",
+        _GRAPH,
+        """
+        return [edge for edge in edges if id(edge) not in below]
+""",
+        """
+        return edges
+""",
+        "of two edges to be drained, one of which serves the other, the upper comes to rest first",
+        tests=(
+            "tests/unit/block/test_graph.py::test_edges_of_which_one_serves_the_others_requests_can_be_drained_together",
+        ),
+    ),
 ]

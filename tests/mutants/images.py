@@ -6,6 +6,7 @@ _FILE = "block/nodes/file.py"
 _NODE = "block/nodes/qcow2/node.py"
 _COMMIT = "block/nodes/qcow2/commit.py"
 _ALLOCATOR = "block/nodes/qcow2/allocator.py"
+_METADATA = "block/nodes/qcow2/metadata.py"
 
 MUTANTS = [
     Mutant(
@@ -492,5 +493,103 @@ MUTANTS = [
         for at in range(new):
             entries[first + at] = run.offset""",
         "only clusters that were allocated are linked",
+    ),
+    Mutant(
+        "freed-clusters-discarded-when-free",
+        _ALLOCATOR,
+        """
+        ordered = sorted(emptied)
+        if self._discard_freed:
+            await self._discard(ordered)
+        for number, cluster in enumerate(ordered, 1):
+            if number % _RELEASES_BETWEEN_TURNS == 0:
+                await asyncio.sleep(0)
+            slice_ = await self._fetch(cluster)
+            self._width.put(slice_.data, cluster % self._per_slice, 0)
+            self.cache.mark_dirty(slice_)
+            self._cursor = min(self._cursor, cluster)
+""",
+        """
+        ordered = sorted(emptied)
+        for number, cluster in enumerate(ordered, 1):
+            if number % _RELEASES_BETWEEN_TURNS == 0:
+                await asyncio.sleep(0)
+            slice_ = await self._fetch(cluster)
+            self._width.put(slice_.data, cluster % self._per_slice, 0)
+            self.cache.mark_dirty(slice_)
+            self._cursor = min(self._cursor, cluster)
+        if self._discard_freed:
+            await self._discard(ordered)
+""",
+        "a freed cluster is discarded in the file before it can be used again",
+        tests=(
+            "tests/unit/block/nodes/test_qcow2_node.py::test_freed_clusters_are_discarded_in_the_file_before_they_can_be_used",
+        ),
+    ),
+    Mutant(
+        "cancelled-flush-takes-the-sync-along",
+        _FILE,
+        """
+                await asyncio.shield(self._syncing)
+""",
+        """
+                await self._syncing
+""",
+        "a flush that is cancelled takes neither the others' flush nor its outcome along",
+        tests=("tests/unit/block/nodes/test_file.py::test_a_cancelled_flush_does_not_take_the_failure_with_it",),
+    ),
+    Mutant(
+        "close-beside-a-running-commit",
+        _NODE,
+        """
+        while (self._commits.dirty or self._commits.running) and self._image.failure is None:
+""",
+        """
+        while self._commits.dirty and self._image.failure is None:
+""",
+        "an image is closed when the commit that runs has ended, also one nobody waits for",
+        tests=(
+            "tests/unit/block/nodes/test_qcow2_cancel.py::test_an_image_is_closed_only_after_the_commit_that_a_cancelled_flush_left_running",
+        ),
+    ),
+    Mutant(
+        "grown-at-once-unnoticed",
+        _FILE,
+        """
+            if offset + length > self.size:
+                self._changed(offset + length)
+""",
+        "",
+        "a file that grew by a write done at once is as large as it is",
+        tests=("tests/unit/block/nodes/test_file.py::test_the_size_follows_writes_and_zeroes_past_the_end",),
+    ),
+    Mutant(
+        "held-slice-dropped",
+        _METADATA,
+        """
+            if slice_.used or slice_.pins or offset in self.dirty:
+""",
+        """
+            if slice_.used or offset in self.dirty:
+""",
+        "a slice that a writer holds is never dropped from the cache",
+        tests=("tests/unit/block/nodes/test_qcow2_metadata.py::test_a_dirty_slice_stays_until_its_commit_is_through",),
+    ),
+    Mutant(
+        "refcount-table-named-before-it-is-durable",
+        _ALLOCATOR,
+        """
+        try:
+            await image.file.flush()
+        except FleecerError as error:
+            image.poison(error)
+            raise
+        await image.patch_header(""",
+        """
+        await image.patch_header(""",
+        "the header names a refcount table only after it is durable",
+        tests=(
+            "tests/unit/block/nodes/test_qcow2_power_cut.py::test_a_power_cut_while_the_refcount_table_moves_leaves_a_sound_image",
+        ),
     ),
 ]

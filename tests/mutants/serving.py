@@ -7,6 +7,7 @@ _CONNECTION = "export/connection.py"
 _EXPORT = "export/export.py"
 _NBD = "block/nodes/nbd.py"
 _EAGER = "eager.py"
+_SERVER = "export/server.py"
 
 MUTANTS = [
     Mutant(
@@ -150,5 +151,71 @@ MUTANTS = [
 """,
         "",
         "a backup whose copying, or whose flush, failed has failed",
+    ),
+    Mutant(
+        "removed-export-drops-its-clients",
+        _SERVER,
+        """
+        await asyncio.gather(*(client.stop() for client in clients))
+""",
+        """
+        for client in clients:
+            client.drop()
+""",
+        "requests in flight on an export that is removed end, and are answered",
+        tests=(
+            "tests/unit/export/test_connection.py::test_what_comes_while_a_client_is_sent_away_is_refused_not_forgotten",
+        ),
+    ),
+    Mutant(
+        "failed-flush-of-a-server-forgotten",
+        _NBD,
+        """
+                self._poison = self._poison or error
+""",
+        """
+                raise IoError(error.errno, self.name, "flush", detail=told(error)) from error
+""",
+        "the first failed flush is final, whatever the server says to the next",
+        tests=(
+            "tests/unit/block/nodes/test_nbd.py::test_the_first_failed_flush_is_final_whatever_the_server_says_later",
+        ),
+    ),
+    Mutant(
+        "cancelled-backup-passes-for-whole",
+        _BACKUP,
+        """
+        self._complete = not self._over.done()
+""",
+        """
+        self._complete = True
+""",
+        "a target over the disk may be read after its job only if it has got the whole disk",
+        tests=(
+            "tests/unit/jobs/test_backup.py::test_a_full_backup_that_is_cancelled_stops_soon_and_leaves_the_disk_alone",
+        ),
+    ),
+    Mutant(
+        "reply-buffer-given-back-while-queued",
+        _CONNECTION,
+        """
+        sending, taken = self._sending, self.stream.sent_bytes - self.stream.queued_bytes
+""",
+        """
+        sending, taken = self._sending, self.stream.sent_bytes
+""",
+        "a reply's buffer is used again only when the kernel has taken it",
+    ),
+    Mutant(
+        "bytes-of-reads-stay-counted",
+        _CONNECTION,
+        """
+        self._in_flight_bytes -= held_bytes
+""",
+        """
+        self._in_flight_bytes -= len(request.data)
+""",
+        "what has ended holds no request up",
+        tests=("tests/unit/export/test_connection.py::test_requests_in_flight_are_bounded_by_bytes",),
     ),
 ]

@@ -514,6 +514,21 @@ async def test_the_scratch_of_a_snapshot_that_broke_or_ended_breaks_no_older_one
         assert older.fleece.snapshot.done.count() == 1
 
 
+async def test_a_scratch_that_fails_when_its_snapshot_has_ended_fails_no_change() -> None:
+    world = World()
+    older, newer, fault = await take_pair(world, LENIENT, STRICT)
+    await world.top.pwrite(0, b"first")  # kept for the older one
+    held = fault.hold("write")
+    fault.fail("write")
+    writing = asyncio.ensure_future(world.top.pwrite(CLUSTER, b"new"))
+    await held.reached()
+    assert not newer.fleece.copier.retire(newer.fleece.snapshot)
+    held.release()
+    await writing
+    await world.check_whole(older)
+    assert older.fleece.snapshot.done.count() == 1
+
+
 async def test_a_slow_disk_is_no_fault_of_the_newest_scratch(clock: Clock) -> None:
     world, slow = world_on_faulty_disk()
     older, newer = await world.take(timeout_s=5.0), await world.take(timeout_s=5.0)
@@ -646,20 +661,31 @@ async def test_a_change_fails_as_soon_as_a_snapshot_that_says_so_has_waited_long
     await world.check_whole(older)
 
 
+@pytest.mark.parametrize("held_up", ["the disk", "the scratch", "readers"])
 async def test_of_those_that_wait_equally_long_the_one_that_fails_the_change_keeps_the_others_whole(
-    clock: Clock,
+    clock: Clock, held_up: str
 ) -> None:
-    world = World()
+    world, slow = world_on_faulty_disk()
     older, newer, fault = await take_pair(world, ("break-snapshot", 5.0), ("break-guest-write", 5.0))
-    held = fault.hold("write")
+    both = (older, newer)
+    held = [fault.hold("write")] if held_up == "the scratch" else [slow.hold("read")]
+    reading = []
+    if held_up == "readers":
+        held.append(slow.hold("read"))
+        reading = [asyncio.ensure_future(world.check_whole(taken)) for taken in both]
+        await turns()
     writing = asyncio.ensure_future(world.top.pwrite(0, b"new"))
-    await held.reached()
+    for hold in held:
+        await hold.reached()
+    await turns()
     await clock.advance(6.0)
     with pytest.raises(IoError, match="took longer than 5 s"):
         await writing
-    held.release()
+    for hold in held:
+        hold.release()
     await turns()
-    for taken in (older, newer):
+    await asyncio.gather(*reading)
+    for taken in both:
         await world.check_whole(taken)
 
 

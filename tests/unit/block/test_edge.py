@@ -41,6 +41,9 @@ class StrictNode(Node):
         assert offset + length <= end_max
         if operation in {"read", "write"}:
             assert length <= self.limits.transfer_max_bytes
+        await self._begin(operation, offset, length)
+
+    async def _begin(self, operation: str, offset: int, length: int) -> None:
         self.seen.append((operation, offset, length))
         if self.pause is not None:
             await self.pause()
@@ -77,7 +80,7 @@ class StrictNode(Node):
         self._put(offset, bytes(length))
 
     async def flush(self) -> None:
-        self.seen.append(("flush", 0, 0))
+        await self._begin("flush", 0, 0)
 
     async def block_status(self, offset: int, length: int) -> list[Extent]:
         await self._enter("status", offset, length, self.end)
@@ -384,10 +387,11 @@ async def test_idle_is_told_for_every_kind_of_request_failed_ones_too() -> None:
         edge.zero(0, 1),
         edge.discard(0, 1),
         edge.block_status(0, 1),
+        edge.flush(),
     ]
     tasks = [asyncio.create_task(request) for request in requests]
     await asyncio.sleep(0)
-    assert edge.busy == 5
+    assert edge.busy == len(tasks)
     edge.close_gate()
     idle = asyncio.create_task(edge.idle())
     await asyncio.sleep(0)

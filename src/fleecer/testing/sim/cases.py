@@ -20,8 +20,9 @@ Where there is no such snapshot nothing is done.
 
 Each actor does one thing after the other, all actors at once. `held` are made before, and the first `filled` sectors
 written (-1: all). `seed` decides times and tearing; `prompt` gives disks that take no time, so that the schedule alone
-decides. `over_nbd` puts a connection between everyone and the disk. `copy_timeout_s` bounds copies; 0: it does not.
-`on_error` tells what gives way where a copy fails; with `unmap` a qcow2 image discards what it frees.
+decides. `over_nbd` puts a connection between everyone and the disk, with room for `room_bytes` on the way.
+`copy_timeout_s` bounds copies; 0: it does not. `on_error` tells what gives way where a copy fails; with `unmap` a qcow2
+image discards what it frees.
 """
 
 from __future__ import annotations
@@ -39,11 +40,13 @@ from fleecer.errors import FleecerError
 from fleecer.testing.sim.loop import Driver, Fifo, NamedLoop, Pct, Scheduler, Shuffle, SimLoop, simulate
 from fleecer.testing.sim.oracle import Violation
 from fleecer.testing.sim.world import Format, Held, Medium, World, make_world, prompt
+from fleecer.testing.streams import BUFFER_BYTES
 
 Scheme = Literal["access", "target"]
 GUESTS = ("write", "zero", "discard", "read", "flush", "fua", "blank", "anew", "fzero")
 READERS = ("sread", "sstatus")
 _CROWDS = 0.2
+_ROOMS = (BUFFER_BYTES, BUFFER_BYTES, 3000)
 OPERATORS = ("sstart", "sstop", "jstart", "jcancel", "backup", "rebackup", "fstart")
 
 
@@ -63,6 +66,7 @@ class Case:
     copy_timeout_s: float = 0.0
     on_error: OnError = "break-snapshot"
     unmap: bool = False
+    room_bytes: int = BUFFER_BYTES
 
     def to_json(self) -> str:
         """One line that `from_json` reads."""
@@ -103,6 +107,7 @@ def draw_case(seed: int) -> Case:
         inline=draw.choice((0.0, 0.3, 0.8)),
         filled=draw.choice((-1, -1, 0, 8)),
         unmap=draw.random() < 0.3,
+        room_bytes=draw.choice(_ROOMS),
     )
 
 
@@ -111,7 +116,8 @@ def draw_crowd(seed: int, disk_format: Format) -> Case:
     draw = random.Random(seed)
     actors = [tuple(_draw_guest(draw, 1) for _ in range(draw.randint(2, 8))) for _ in range(draw.choice((2, 3, 4)))]
     over_nbd, inline, filled = draw.random() < 0.3, draw.choice((0.3, 0.5, 0.8)), draw.choice((-1, 0))
-    return Case(disk_format, 1, (), tuple(actors), seed, over_nbd, inline=inline, filled=filled)
+    room_bytes = draw.choice(_ROOMS)
+    return Case(disk_format, 1, (), tuple(actors), seed, over_nbd, inline=inline, filled=filled, room_bytes=room_bytes)
 
 
 def _draw_guest(draw: random.Random, clusters: int) -> str:
@@ -181,6 +187,7 @@ async def _prepare(case: Case, trace: list[str] | None, medium: Medium | None) -
         over_nbd=case.over_nbd,
         flushes=any("flush" in actor for actor in case.actors),
         unmap=case.unmap,
+        room_bytes=case.room_bytes,
         trace=trace,
     )
     world.do_at_once(1.0)  # until the actors come: how the disk came to be is not what is searched

@@ -28,6 +28,7 @@ import random
 from collections.abc import Callable, Collection, Iterator
 from typing import Literal
 
+from fleecer import spares
 from fleecer.errors import IoError
 from fleecer.ranges import Buffer, align_down, align_up, is_zero
 from fleecer.storage.api import StorageLimits
@@ -178,7 +179,7 @@ class SimDisk:
             return None
         if self.faults is not None:
             self.faults.next("read")
-        data = bytearray(length)
+        data = spares.take(length)
         self._copy_out(data, offset, offset, offset + length)
         self._say(f"read {offset}+{length} at once")
         return data
@@ -207,7 +208,7 @@ class SimDisk:
         fault = self._begin("read", offset, length)
         try:
             await self._pass("read", fault)
-            data = bytearray(length)
+            data = spares.take(length)
             cut = self._tear(offset, length, fault)
             self._copy_out(data, offset, offset, cut)
             if cut < offset + length:
@@ -223,7 +224,7 @@ class SimDisk:
 
     async def pwrite(self, offset: int, data: Buffer) -> None:
         """See `Storage.pwrite`."""
-        await self._change("write", offset, bytes(data))
+        await self._change("write", offset, data)
 
     async def zero(self, offset: int, length: int, unmap: bool) -> None:
         """See `Storage.zero`."""
@@ -278,9 +279,10 @@ class SimDisk:
         """See `Storage.close`."""
         assert not self.in_flight, f"{self.name} was closed with {self.in_flight} requests in flight"
 
-    async def _change(self, operation: str, offset: int, data: bytes) -> None:
+    async def _change(self, operation: str, offset: int, data: Buffer) -> None:
+        # What is put on the medium is taken from the caller's memory at that moment, as the kernel does.
         fault = self._begin(operation, offset, len(data))
-        write = self._submit(offset, data)
+        write = self._submit(offset, bytes(data))
         end = offset + len(data)
         if end > max(self._size_max, len(self.data)) or (end > len(self.data) and not self.limits.growable):
             fault = "ENOSPC"
@@ -368,13 +370,13 @@ class SimDisk:
             return end
         return self._generator.randrange(first, end, unit)
 
-    def _put(self, offset: int, data: bytes) -> None:
+    def _put(self, offset: int, data: Buffer) -> None:
         end = offset + len(data)
         if end > len(self.data):
             self.data.extend(bytes(end - len(self.data)))
         self.data[offset:end] = data
 
-    def _copy_out(self, data: bytearray, base: int, start: int, end: int) -> None:
+    def _copy_out(self, data: bytearray | memoryview, base: int, start: int, end: int) -> None:
         found = self.data[start:end]
         data[start - base : start - base + len(found)] = found
 

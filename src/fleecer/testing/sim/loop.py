@@ -39,6 +39,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
 from fleecer import eager
+from fleecer.testing.sim.buffers import spoiled_when_given
 
 T = TypeVar("T")
 
@@ -391,7 +392,8 @@ def simulate(
     """
     loop = loop or SimLoop(scheduler, steps_max=steps_max)
     try:
-        result = loop.run_until_complete(coroutine)
+        with spoiled_when_given():
+            result = loop.run_until_complete(coroutine)
         loop.ask_tasks()
     finally:
         _close(loop)

@@ -33,7 +33,7 @@ from fleecer.ranges import Buffer
 from fleecer.testing.sim.disk import STALL_S, Faults, Latency, SimDisk
 from fleecer.testing.sim.loop import SimLoop
 from fleecer.testing.sim.oracle import SECTOR_BYTES, Change, History, SnapshotOracle, Violation, stamp
-from fleecer.testing.streams import memory_streams
+from fleecer.testing.streams import BUFFER_BYTES, memory_streams
 
 CLUSTER_BYTES = 4096
 _TEAR_BYTES = SECTOR_BYTES // 8
@@ -72,6 +72,7 @@ class World:
         self.graph = Graph()
         self.jobs = JobTable()
         self.server: Server | None = None
+        self.room_bytes = BUFFER_BYTES  # what a connection takes before its reader reads
         self.held: list[Held] = []
         self.disks: list[SimDisk] = []
         self.image: SimDisk
@@ -140,7 +141,7 @@ class World:
         """One more connection to an export, that of `edge`; the edge itself without a server."""
         if self.server is None:
             return edge
-        near, far = memory_streams()
+        near, far = memory_streams(buffer_bytes=self.room_bytes)
         self.server.serve(near)
         client = await NbdClient.connect(far, name)
         return Edge(NbdNode(name, client), f"client of {name}", "nbd", writable=edge.writable)
@@ -572,14 +573,16 @@ async def make_world(
     over_nbd: bool = False,
     flushes: bool = True,
     unmap: bool = False,
+    room_bytes: int = BUFFER_BYTES,
     trace: list[str] | None = None,
 ) -> World:
     """A disk of `clusters` clusters of 4 KiB, with no snapshot, and a guest's way to it, `over_nbd` or directly.
 
-    Who `flushes` does it by a connection of their own. With `unmap` clusters of a qcow2 image that are freed are
-    discarded in its file.
+    Connections have room for `room_bytes` on the way. Who `flushes` does it by a connection of their own. With `unmap`
+    clusters of a qcow2 image that are freed are discarded in its file.
     """
     world = World(generator, clusters, medium or Medium(), trace)
+    world.room_bytes = room_bytes
     record = world.records
     if format in ("raw", "bare", "blocks"):
         world.image = world.disk(
