@@ -36,7 +36,7 @@ from fleecer.block.nodes.snapshot_access import SnapshotAccessNode
 from fleecer.errors import FleecerError, IoError, NotFound, UsageError, quoted
 from fleecer.export import Export
 from fleecer.storage.api import Storage
-from fleecer.storage.file import open_unlinked
+from fleecer.storage.file import FileStorage, open_unlinked
 
 if TYPE_CHECKING:
     from fleecer.block.edge import Edge
@@ -98,7 +98,7 @@ class Snapshots:
         self._names: set[str] = set()  # also those of snapshots being made, or being ended
         self._making: set[asyncio.Future[None]] = set()
         self._ending: set[asyncio.Task[None]] = set()
-        self._kept: set[asyncio.Task[Any]] = set()
+        self._kept: set[asyncio.Future[Any]] = set()
         self._refusing = False
 
     def sets(self) -> list[SnapshotSet]:
@@ -136,7 +136,7 @@ class Snapshots:
         self._names.add(name)
         made = asyncio.get_running_loop().create_future()
         self._making.add(made)
-        openings: list[asyncio.Task[Storage]] = []
+        openings: list[asyncio.Future[FileStorage]] = []
         scratches: list[Edge] = []
         try:
             # All at once: on a busy file system each may take a while.
@@ -144,9 +144,12 @@ class Snapshots:
                 (scratch_directory or _image_directory(export.name, export.edge.node), export.edge.size)
                 for export in exports
             ]:
-                openings.append(self._keep(_open_scratch(directory, size)))
+                openings.append(self._watch(open_unlinked(directory, size)))
+            # No task for each: a turn of the loop takes as long as all that guests ask for in it.
+            await asyncio.wait(openings, return_when=asyncio.FIRST_EXCEPTION)
+            _check_opened(openings)
             for export in exports:
-                scratches.append(self._attach_scratch(export, name, await asyncio.shield(openings[0])))
+                scratches.append(self._attach_scratch(export, name, openings[0].result()))
                 del openings[0]
             plans = [
                 Plan(
@@ -246,9 +249,14 @@ class Snapshots:
     def _keep(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
         """Runs `work` in a task of its own, which ends whatever becomes of the caller."""
         task = asyncio.get_running_loop().create_task(work)
-        self._kept.add(task)
-        task.add_done_callback(self._kept.discard)
+        self._watch(task)
         return task
+
+    def _watch(self, work: asyncio.Future[T]) -> asyncio.Future[T]:
+        """Shutting down waits for it, within bounds."""
+        self._kept.add(work)
+        work.add_done_callback(self._kept.discard)
+        return work
 
     def _free_name(self, name: str | None) -> str:
         if name is None:
@@ -284,7 +292,7 @@ class Snapshots:
         graph.add(scratch, named=False)
         return graph.attach(scratch, f"snapshot {quoted(snapshot)} of {export.name}", "scratch", writable=True)
 
-    def _close_unwanted(self, opening: asyncio.Task[Storage]) -> None:
+    def _close_unwanted(self, opening: asyncio.Future[FileStorage]) -> None:
         if opening.exception() is None:
             self._keep(opening.result().close())
 
@@ -333,14 +341,14 @@ class Snapshots:
         self._keep(release_scratch(self._daemon.graph, part.fleece))
 
 
-async def _open_scratch(directory: str, size: int) -> Storage:
-    try:
-        return await open_unlinked(directory, size)
-    except IoError as error:
-        if error.errno not in _NO_PLACE:
-            raise
+def _check_opened(openings: Sequence[asyncio.Future[FileStorage]]) -> None:
+    """Raises what the first scratch that could not be opened failed with, and what to do about it."""
+    error = next((opening.exception() for opening in openings if opening.done() and opening.exception()), None)
+    if isinstance(error, IoError) and error.errno in _NO_PLACE:
         detail = f"{os.strerror(error.errno)}; choose another place with --scratch-dir"
         raise IoError(error.errno, error.node, error.operation, detail=detail) from error
+    if error is not None:
+        raise error
 
 
 def _image_directory(disk: str, node: Node) -> str:

@@ -15,6 +15,7 @@ Invariants:
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import errno
 import fcntl
@@ -437,9 +438,12 @@ async def create_file(
     return await running_pool().submit(Lane(), _create, path, size, exclusive, mode, locking)
 
 
-async def open_unlinked(directory: str, size: int = 0) -> FileStorage:
-    """A new file of `size` zeroes without a name in `directory`; its space is free again once it is closed."""
-    return await running_pool().submit(Lane(), _open_unlinked, directory, size)
+def open_unlinked(directory: str, size: int = 0) -> asyncio.Future[FileStorage]:
+    """A new file of `size` zeroes without a name in `directory`; its space is free again once it is closed.
+
+    It is being made on return, and the future cannot be cancelled. That raises IoError where no file can be made.
+    """
+    return running_pool().submit(Lane(), _open_unlinked, directory, size)
 
 
 def _open(path: str, read_only: bool, locking: bool, force_share: bool) -> FileStorage:

@@ -348,8 +348,10 @@ async def test_a_scratch_needs_a_place(daemon: World, tmp_path: Path) -> None:
 async def test_where_no_scratch_can_be_made_another_place_is_asked_for(
     daemon: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def refuse(directory: str, size: int) -> Storage:
-        raise IoError(errno.EROFS, directory, "create a scratch file")
+    def refuse(directory: str, size: int) -> asyncio.Future[Storage]:
+        refused: asyncio.Future[Storage] = asyncio.get_running_loop().create_future()
+        refused.set_exception(IoError(errno.EROFS, directory, "create a scratch file"))
+        return refused
 
     monkeypatch.setattr("fleecer.daemon.snapshots.open_unlinked", refuse)
     daemon.disk("a")

@@ -47,9 +47,14 @@ def cases(size: int, disk_format: Format, held: Sequence[Scheme]) -> Iterator[Ca
 
 
 def longer_cases() -> Iterator[Case]:
-    """What no pair of operations shows: two in a new cluster whom a third kept waiting; one that was set aside."""
+    """What no pair of operations shows.
+
+    Two in a new cluster whom a third kept waiting; one that was set aside; what a newer snapshot that ended has kept.
+    """
     yield Case("overlay", 2, (), (("write 0 3",), ("write 4 7",), ("zero 0 8",)), prompt=True, filled=0)
     yield Case("qcow2", 2, (), (("blank 0 8", "write 0 4"), ("discard 0 8",)), prompt=True, filled=8)
+    actors = (("write 0 8", "sstop 1", "write 0 8"), ("sread 0 0 8",))
+    yield Case("raw", 1, ("access", "access"), actors, prompt=True)
 
 
 @dataclasses.dataclass(slots=True)

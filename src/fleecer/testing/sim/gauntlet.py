@@ -17,7 +17,7 @@ from fleecer.testing.sim.powercut import Workload, duets, judge_workload, worklo
 from fleecer.testing.sim.together import run_together
 
 _PAIRS_OF_DISKS = 20
-_SEEDS = 1600
+_SEEDS = 1000
 _FIRST_SEEDS = 300
 _CROWDS = 400
 _DUETS_EVERY = 7
