@@ -24,7 +24,7 @@ _DUETS_EVERY = 7
 _CUTS = 6
 _FAULT_PROGRAMS = 20
 _FAULTS_EVERY = 5
-_PAIRS_EVERY = 5
+_PAIRS_EVERY = 9
 
 
 _LONGEST_S = 20.0
@@ -40,11 +40,11 @@ def gauntlet() -> str:
         lambda: _play("schedules", range(_FIRST_SEEDS), run_seed),
         lambda: _play("crowds", range(_CROWDS), lambda seed: run_case(draw_crowd(seed, "raw"))),
         lambda: _cut(workloads(1)),
+        lambda: _exhaust(longer_cases()),
+        lambda: _cut(workload for workload in workloads(3) if workload.setting == "raw"),
         lambda: _fail(late_programs(), 1),
         lambda: _fail(backup_programs(), 1),
         lambda: _fail(itertools.islice(mixed_programs(), _FAULT_PROGRAMS), _FAULTS_EVERY),
-        lambda: _exhaust(longer_cases()),
-        lambda: _cut(workload for workload in workloads(3) if workload.setting == "raw"),
         lambda: _play("schedules", range(_FIRST_SEEDS, _SEEDS), run_seed),
         lambda: _cut(itertools.islice(duets(), 0, None, _DUETS_EVERY)),
         lambda: _exhaust(_pairs(("raw", "bare"), 1)),
