@@ -14,8 +14,7 @@ MUTANTS = [
         """
     async with graph.drained(covered, timeout_s=timeout_s):
         try:
-            for plan in plans:
-                done.append(_cut_one(graph, plan))  # noqa: PERF401 - if one fails, those done are taken back
+            filters = _shared_filters(graph)
 """,
         """
     everything, plans = plans, []
@@ -23,9 +22,10 @@ MUTANTS = [
         plans = [plan]
         async with graph.drained(covered, timeout_s=timeout_s):
                 done.append(_cut_one(graph, plan))
+    plans = []
     if everything:
         try:
-            pass
+            filters = _shared_filters(graph)
 """,
         "all disks of a cut are at rest together",
     ),
@@ -99,7 +99,7 @@ MUTANTS = [
                 return graph.bypass(filter_node)
 """,
         """
-            if filter_node in graph.nodes():
+            if graph.has(filter_node):
                 return graph.bypass(filter_node)
 """,
         "a filter stays until its last snapshot has ended",

@@ -117,17 +117,23 @@ async def cut(graph: Graph, plans: Sequence[Plan], *, timeout_s: float = CUT_TIM
 
     def covered() -> list[Edge]:
         chosen: dict[int, Edge] = {}
+        filters = _shared_filters(graph)
         for plan in plans:
             _follow_changes(graph, plan)
-            _look_for_filter(graph, plan)
+            _plan_for_filter(filters, plan)
             chosen.update((id(edge), edge) for edge in graph.edges_to_cover(plan.node, plan.scratch.node))
         return list(chosen.values())
 
     done: list[Fleece] = []
     async with graph.drained(covered, timeout_s=timeout_s):
         try:
+            filters = _shared_filters(graph)
             for plan in plans:
-                done.append(_cut_one(graph, plan))  # noqa: PERF401 - if one fails, those done are taken back
+                _plan_for_filter(filters, plan)  # the same disk may have been cut in this step under another name
+                fleece = _cut_one(graph, plan)
+                done.append(fleece)
+                if fleece.shared:
+                    filters[fleece.filter.child.node] = fleece.filter
         except BaseException:
             for fleece in reversed(done):
                 _uncut_drained(graph, fleece)
@@ -136,7 +142,6 @@ async def cut(graph: Graph, plans: Sequence[Plan], *, timeout_s: float = CUT_TIM
 
 
 def _cut_one(graph: Graph, plan: Plan) -> Fleece:
-    _look_for_filter(graph, plan)  # the same disk may have been cut in this step under another name
     node, target = plan.node, plan.scratch.node
     if plan.share and isinstance(node, CopyBeforeWriteNode) and node.shared:
         _check_cluster_size(node, plan)
@@ -202,21 +207,21 @@ def _may_grow(graph: Graph, edge: Edge) -> bool:
 
 def _follow_changes(graph: Graph, plan: Plan) -> None:
     """Plans for what the node led to, if it was a filter that went while we waited for our turn."""
-    nodes = graph.nodes()
-    while isinstance(plan.node, CopyBeforeWriteNode) and plan.node not in nodes:
+    while isinstance(plan.node, CopyBeforeWriteNode) and not graph.has(plan.node):
         plan.node = plan.node.child.node
-    if plan.node not in nodes:
+    if not graph.has(plan.node):
         raise NotFound("node", plan.node.name)
 
 
-def _look_for_filter(graph: Graph, plan: Plan) -> None:
+def _shared_filters(graph: Graph) -> dict[Node, CopyBeforeWriteNode]:
+    """The filters that further snapshots of a disk may share, by what they stand on."""
+    return {node.child.node: node for node in graph.nodes() if isinstance(node, CopyBeforeWriteNode) and node.shared}
+
+
+def _plan_for_filter(filters: dict[Node, CopyBeforeWriteNode], plan: Plan) -> None:
     """Plans for the filter that stands on the disk already, if it may be shared."""
-    if not plan.share:
-        return
-    for candidate in graph.nodes():
-        if isinstance(candidate, CopyBeforeWriteNode) and candidate.shared and candidate.child.node is plan.node:
-            plan.node = candidate
-            return
+    if plan.share:
+        plan.node = filters.get(plan.node, plan.node)
 
 
 def _uncut_drained(graph: Graph, fleece: Fleece) -> None:
@@ -280,7 +285,7 @@ async def _take_out_later(graph: Graph, filter_node: CopyBeforeWriteNode) -> Non
 
 
 def _is_needless(graph: Graph, filter_node: CopyBeforeWriteNode) -> bool:
-    return not filter_node.copier.snapshots and filter_node in graph.nodes()
+    return not filter_node.copier.snapshots and graph.has(filter_node)
 
 
 async def release_scratch(graph: Graph, fleece: Fleece) -> None:

@@ -91,6 +91,10 @@ class Graph:
         """Every node, in the order of registration."""
         return list(self._nodes.values())
 
+    def has(self, node: Node) -> bool:
+        """Whether `node` is registered."""
+        return self._nodes.get(node.name) is node
+
     def parents(self, node: Node) -> tuple[Edge, ...]:
         """The edges that lead to `node`."""
         return tuple(self._edges.get(node, ()))

@@ -102,6 +102,7 @@ class Daemon:
 
     async def start_backups(self, requests: Sequence[BackupRequest]) -> list[BackupJob]:
         """Starts backup jobs, all of the same instant, or none; see fleecer.jobs.backup."""
+        self.server.make_way()
         return await start_backups(self.graph, self.jobs, requests, self.events.announce)
 
     def export(

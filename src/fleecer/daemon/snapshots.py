@@ -24,7 +24,7 @@ import errno
 import logging
 import os
 import re
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fleecer.block.copier import TIMEOUT_S, OnError, Snapshot
@@ -136,21 +136,14 @@ class Snapshots:
         self._names.add(name)
         made = asyncio.get_running_loop().create_future()
         self._making.add(made)
-        openings: list[asyncio.Future[FileStorage]] = []
+        storages: dict[Export, FileStorage] = {}
         scratches: list[Edge] = []
+        self._daemon.server.make_way()
         try:
-            # All at once: on a busy file system each may take a while.
-            for directory, size in [
-                (scratch_directory or _image_directory(export.name, export.edge.node), export.edge.size)
-                for export in exports
-            ]:
-                openings.append(self._watch(open_unlinked(directory, size)))
-            # No task for each: a turn of the loop takes as long as all that guests ask for in it.
-            await asyncio.wait(openings, return_when=asyncio.FIRST_EXCEPTION)
-            _check_opened(openings)
+            storages = await self._open_scratches(exports, scratch_directory)
             for export in exports:
-                scratches.append(self._attach_scratch(export, name, openings[0].result()))
-                del openings[0]
+                scratches.append(self._attach_scratch(export, name, storages[export]))
+                del storages[export]
             plans = [
                 Plan(
                     export.edge.node,
@@ -171,8 +164,8 @@ class Snapshots:
             await self._publish_all(taken, exports, fleeces)
             self._sets[name] = taken
         finally:
-            for opening in openings:
-                opening.add_done_callback(self._close_unwanted)
+            for storage in storages.values():
+                self._keep(storage.close())
             for scratch in scratches:
                 self._daemon.graph.let_go(scratch)
             if name not in self._sets:
@@ -180,6 +173,25 @@ class Snapshots:
             self._making.discard(made)
             made.set_result(None)
         return taken
+
+    async def _open_scratches(self, exports: Sequence[Export], directory: str | None) -> dict[Export, FileStorage]:
+        """A new scratch for each disk, beside its image unless a `directory` is named.
+
+        Raises what the first failed with. Then, or if cancelled, those that are still being opened are closed later.
+        """
+        places = [directory or _image_directory(export.name, export.edge.node) for export in exports]
+        # All at once: a file system may take a while, and a thread beside guests who ask for much does for each call.
+        openings = [
+            self._watch(open_unlinked(place, export.edge.size)) for place, export in zip(places, exports, strict=True)
+        ]
+        try:
+            await asyncio.wait(openings, return_when=asyncio.FIRST_EXCEPTION)
+            _check_opened(openings)
+            return {export: opening.result() for export, opening in zip(exports, openings, strict=True)}
+        except BaseException:
+            for opening in openings:
+                opening.add_done_callback(self._close_unwanted)
+            raise
 
     async def _cut(self, plans: list[Plan], timeout_s: float) -> list[Fleece]:
         try:
@@ -341,8 +353,8 @@ class Snapshots:
         self._keep(release_scratch(self._daemon.graph, part.fleece))
 
 
-def _check_opened(openings: Sequence[asyncio.Future[FileStorage]]) -> None:
-    """Raises what the first scratch that could not be opened failed with, and what to do about it."""
+def _check_opened(openings: Iterable[asyncio.Future[FileStorage]]) -> None:
+    """Raises what the first that failed did so with, and what to do about it."""
     error = next((opening.exception() for opening in openings if opening.done() and opening.exception()), None)
     if isinstance(error, IoError) and error.errno in _NO_PLACE:
         detail = f"{os.strerror(error.errno)}; choose another place with --scratch-dir"
@@ -355,6 +367,6 @@ def _image_directory(disk: str, node: Node) -> str:
     """Where the disk's image is: the place for its scratch unless another is named."""
     while node.children:
         node = node.children[0].node
-    if isinstance(node, FileNode) and not node.storage.is_block_device:
-        return os.path.dirname(os.path.realpath(node.storage.name))
+    if isinstance(node, FileNode) and isinstance(node.storage, FileStorage) and not node.storage.is_block_device:
+        return node.storage.directory()
     raise UsageError(f"disk {quoted(disk)} is no local image file, so name a place for its scratch: --scratch-dir")

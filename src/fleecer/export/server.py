@@ -18,7 +18,7 @@ from fleecer.export.connection import TURN_BYTES, Connection
 from fleecer.export.export import Export
 from fleecer.net.listen import Listener, listen_tcp, listen_unix
 from fleecer.net.stream import Stream
-from fleecer.units import MiB
+from fleecer.units import KiB, MiB
 from fleecer.wire.nbd import ExportInfo
 
 CONNECTIONS_MAX = 1024
@@ -26,6 +26,9 @@ HANDSHAKE_TIMEOUT_S = 10.0
 LONG_TURN_BYTES = 1 * MiB
 SHORT_TURNS = 64
 """After others asked for a little: some 10 ms of turns."""
+WAY_TURN_BYTES = 32 * KiB
+WAY_TURNS = 128
+"""After `make_way`: with a busy guest some 20 ms, too little to slow it down for anybody to see."""
 HURRY_REQUESTS = 8
 """Who asks for more than this from one turn to the next is kept busy by the answers."""
 _NOTE_INTERVAL_S = 10.0
@@ -74,6 +77,7 @@ class Server:
         self._little_asked: dict[Connection, int] = {}  # requests, since the last turn, of those who needed none
         self._turns: collections.deque[Connection] = collections.deque()  # who goes on, one in each turn of the loop
         self._short_turns = 0  # how many more are kept short
+        self._way_turns = 0  # how many more are kept shorter still
         self._notes_suppressed = 0
         self._note_at = 0.0
 
@@ -157,8 +161,20 @@ class Server:
         if self._little_asked:
             self._short_turns = SHORT_TURNS if min(self._little_asked.values()) <= HURRY_REQUESTS else 0
             self._little_asked.clear()
+        if self._way_turns:
+            self._way_turns -= 1
+            self.turn_bytes = WAY_TURN_BYTES
+            return
         self.turn_bytes = TURN_BYTES if self._short_turns else LONG_TURN_BYTES
         self._short_turns = max(0, self._short_turns - 1)
+
+    def make_way(self) -> None:
+        """Keeps the next turns very short, for somebody who needs several, one after the other, to get one thing done.
+
+        A snapshot is such a thing: with turns as guests have them otherwise, it would mostly wait for those to end.
+        """
+        self._way_turns = WAY_TURNS
+        self.turn_bytes = WAY_TURN_BYTES
 
     # Sockets.
 

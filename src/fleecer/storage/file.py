@@ -153,7 +153,7 @@ class FileStorage:
         status = os.fstat(fd)
         self.is_block_device = stat.S_ISBLK(status.st_mode)
         self.identity = identity_of(status)
-        self.size = os.lseek(fd, 0, os.SEEK_END)
+        self.size = os.lseek(fd, 0, os.SEEK_END) if self.is_block_device else status.st_size
         self._sector_bytes = 1
         if self.is_block_device:
             self._sector_bytes = struct.unpack("i", fcntl.ioctl(fd, _BLKSSZGET, bytes(4)))[0]
@@ -183,6 +183,10 @@ class FileStorage:
 
     def __repr__(self) -> str:
         return f"FileStorage({quoted(self.name)})"
+
+    def directory(self) -> str:
+        """Where the file is now, whatever links led to it or was renamed since. Asks its file system nothing."""
+        return os.path.dirname(os.readlink(f"/proc/self/fd/{self._fd}"))
 
     # On the event loop.
 
@@ -438,10 +442,10 @@ async def create_file(
     return await running_pool().submit(Lane(), _create, path, size, exclusive, mode, locking)
 
 
-def open_unlinked(directory: str, size: int = 0) -> asyncio.Future[FileStorage]:
+def open_unlinked(directory: str, size: int) -> asyncio.Future[FileStorage]:
     """A new file of `size` zeroes without a name in `directory`; its space is free again once it is closed.
 
-    It is being made on return, and the future cannot be cancelled. That raises IoError where no file can be made.
+    It is being made on return, and the future cannot be cancelled. Raises IoError where it cannot be made.
     """
     return running_pool().submit(Lane(), _open_unlinked, directory, size)
 
@@ -502,7 +506,8 @@ def _create(path: str, size: int, exclusive: bool, mode: int, locking: bool) -> 
             _check_type(path, os.fstat(file.fileno()).st_mode, _REGULAR_ONLY)
             if locking:
                 lock_image(file.fileno(), path, writable=True)
-            _resize_new(file, path, size)
+            _resize(file, path, 0)  # what was there goes
+            _resize(file, path, size)
             return FileStorage(file, path, read_only=False, created_in=os.path.dirname(path) or ".")
     except BaseException:
         if is_new:
@@ -511,9 +516,8 @@ def _create(path: str, size: int, exclusive: bool, mode: int, locking: bool) -> 
         raise
 
 
-def _resize_new(file: io.FileIO, path: str, size: int) -> None:
+def _resize(file: io.FileIO, path: str, size: int) -> None:
     try:
-        os.ftruncate(file.fileno(), 0)
         os.ftruncate(file.fileno(), size)
     except OSError as error:
         raise IoError(error.errno or errno.EIO, path, f"resize to {size} bytes") from error
@@ -530,7 +534,7 @@ def _open_unlinked(directory: str, size: int) -> FileStorage:
         raise IoError(error.errno or errno.EIO, directory, "create a scratch file") from error
     path = os.path.join(directory, "(scratch)")
     with _closing_on_error(file):
-        _resize_new(file, path, size)
+        _resize(file, path, size)
         return FileStorage(file, path, read_only=False)
 
 

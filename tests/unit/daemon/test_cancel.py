@@ -111,7 +111,7 @@ class World:
         here = asyncio.current_task()
         quiet = 0
         while quiet < 10:  # what ends a task may begin another a turn later
-            left = asyncio.all_tasks() - {here}
+            left = self.daemon.snapshots._kept | asyncio.all_tasks() - {here}
             quiet = 0 if left else quiet + 1
             await (asyncio.wait(left) if left else asyncio.sleep(0))
 

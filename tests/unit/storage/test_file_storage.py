@@ -47,8 +47,7 @@ async def pool() -> AsyncIterator[None]:
 @pytest.fixture(params=["disk", "memory"])
 async def storage(request: pytest.FixtureRequest, tmp_path: Path, pool: None) -> AsyncIterator[FileStorage]:
     """An empty file of SIZE bytes on tmp_path's file system, and one on tmpfs."""
-    opened = await open_unlinked(str(tmp_path) if request.param == "disk" else "/dev/shm")
-    await opened.truncate(SIZE)
+    opened = await open_unlinked(str(tmp_path) if request.param == "disk" else "/dev/shm", SIZE)
     yield opened
     await opened.close()
 
@@ -173,13 +172,28 @@ async def test_a_scratch_file_has_no_name(tmp_path: Path, code: int | None, monk
         return real(path, flags, mode, **options)
 
     monkeypatch.setattr(os, "open", without_tmpfile)
-    scratch = await open_unlinked(str(tmp_path))
+    scratch = await open_unlinked(str(tmp_path), 0)
     assert os.listdir(tmp_path) == []
     await scratch.pwrite(5, b"abc")
     assert await scratch.pread(0, 10) == bytes(5) + b"abc" + bytes(2)
     await scratch.close()
     with pytest.raises(IoError, match=r"create a scratch file on '.*/missing': No such file"):
-        await open_unlinked(str(tmp_path / "missing"))
+        await open_unlinked(str(tmp_path / "missing"), 0)
+
+
+async def test_a_file_tells_where_it_is_though_a_link_led_to_it_and_it_was_moved(tmp_path: Path, pool: None) -> None:
+    one, other, links = (tmp_path / name for name in ("one", "other", "links"))
+    for directory in (one, other, links):
+        directory.mkdir()
+    (one / "disk").write_bytes(bytes(512))
+    (links / "disk").symlink_to(one / "disk")
+    storage = await open_file(str(links / "disk"), read_only=True)
+    assert storage.directory() == str(one)
+    (one / "disk").rename(other / "disk")
+    assert storage.directory() == str(other)
+    (other / "disk").unlink()
+    assert storage.directory() == str(other)
+    await storage.close()
 
 
 async def test_no_descriptor_is_left_after_failures(tmp_path: Path) -> None:
