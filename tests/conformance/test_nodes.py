@@ -53,7 +53,7 @@ async def raw_file(directory: str) -> AsyncIterator[Node]:
 
 @contextlib.asynccontextmanager
 async def scratch_in_memory(directory: str) -> AsyncIterator[Node]:
-    storage = await open_unlinked("/dev/shm", 0)
+    (storage,) = await open_unlinked("/dev/shm", [0])
     await storage.truncate(ODD_SIZE)
     node = FileNode("scratch0", storage)
     try:

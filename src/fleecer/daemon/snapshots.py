@@ -37,6 +37,7 @@ from fleecer.errors import FleecerError, IoError, NotFound, UsageError, quoted
 from fleecer.export import Export
 from fleecer.storage.api import Storage
 from fleecer.storage.file import FileStorage, open_unlinked
+from fleecer.storage.pool import running_pool
 
 if TYPE_CHECKING:
     from fleecer.block.edge import Edge
@@ -47,6 +48,9 @@ PRESERVED_CONTEXT = "fleecer:preserved"
 
 READERS_TIMEOUT_S = 10.0
 """How long the end of a snapshot waits for its readers' requests in flight, and that of the daemon for its makers."""
+
+OPENING_S = 0.003
+"""How long guests wait while scratches are opened. It mostly takes a tenth of that, or as many turns of the loop."""
 
 _NO_PLACE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 """What a directory answers that will never take a scratch file."""
@@ -179,15 +183,23 @@ class Snapshots:
 
         Raises what the first failed with. Then, or if cancelled, those that are still being opened are closed later.
         """
-        places = [directory or _image_directory(export.name, export.edge.node) for export in exports]
-        # All at once: a file system may take a while, and a thread beside guests who ask for much does for each call.
-        openings = [
-            self._watch(open_unlinked(place, export.edge.size)) for place, export in zip(places, exports, strict=True)
-        ]
+        places: dict[str, list[Export]] = {}
+        for export in exports:
+            places.setdefault(directory or _image_directory(export.name, export.edge.node), []).append(export)
+        # Directories side by side, since one may take a while; a thread for each file would take longer for most.
+        openings = {
+            self._watch(open_unlinked(place, [export.edge.size for export in there])): there
+            for place, there in places.items()
+        }
         try:
-            await asyncio.wait(openings, return_when=asyncio.FIRST_EXCEPTION)
+            if not running_pool().linger(openings, OPENING_S):
+                await asyncio.wait(openings, return_when=asyncio.FIRST_EXCEPTION)
             _check_opened(openings)
-            return {export: opening.result() for export, opening in zip(exports, openings, strict=True)}
+            return {
+                export: storage
+                for opening, there in openings.items()
+                for export, storage in zip(there, opening.result(), strict=True)
+            }
         except BaseException:
             for opening in openings:
                 opening.add_done_callback(self._close_unwanted)
@@ -304,9 +316,10 @@ class Snapshots:
         graph.add(scratch, named=False)
         return graph.attach(scratch, f"snapshot {quoted(snapshot)} of {export.name}", "scratch", writable=True)
 
-    def _close_unwanted(self, opening: asyncio.Future[FileStorage]) -> None:
+    def _close_unwanted(self, opening: asyncio.Future[list[FileStorage]]) -> None:
         if opening.exception() is None:
-            self._keep(opening.result().close())
+            for storage in opening.result():
+                self._keep(storage.close())
 
     def _publish(self, disk: Export, name: str, fleece: Fleece) -> SnapshotPart:
         graph, server = self._daemon.graph, self._daemon.server
@@ -353,7 +366,7 @@ class Snapshots:
         self._keep(release_scratch(self._daemon.graph, part.fleece))
 
 
-def _check_opened(openings: Iterable[asyncio.Future[FileStorage]]) -> None:
+def _check_opened(openings: Iterable[asyncio.Future[list[FileStorage]]]) -> None:
     """Raises what the first that failed did so with, and what to do about it."""
     error = next((opening.exception() for opening in openings if opening.done() and opening.exception()), None)
     if isinstance(error, IoError) and error.errno in _NO_PLACE:

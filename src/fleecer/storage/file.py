@@ -26,7 +26,7 @@ import stat
 import struct
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from fleecer import spares
 from fleecer.errors import CannotOpen, IoError, UsageError, quoted
@@ -442,12 +442,13 @@ async def create_file(
     return await running_pool().submit(Lane(), _create, path, size, exclusive, mode, locking)
 
 
-def open_unlinked(directory: str, size: int) -> asyncio.Future[FileStorage]:
-    """A new file of `size` zeroes without a name in `directory`; its space is free again once it is closed.
+def open_unlinked(directory: str, sizes: Sequence[int]) -> asyncio.Future[list[FileStorage]]:
+    """New files without names in `directory`, each of so many zeroes; their space is free again once they are closed.
 
-    It is being made on return, and the future cannot be cancelled. Raises IoError where it cannot be made.
+    They are being made on return, and the future cannot be cancelled. Raises IoError where one cannot be made; then
+    there is none.
     """
-    return running_pool().submit(Lane(), _open_unlinked, directory, size)
+    return running_pool().submit(Lane(), _open_unlinked, directory, sizes)
 
 
 def _open(path: str, read_only: bool, locking: bool, force_share: bool) -> FileStorage:
@@ -523,7 +524,20 @@ def _resize(file: io.FileIO, path: str, size: int) -> None:
         raise IoError(error.errno or errno.EIO, path, f"resize to {size} bytes") from error
 
 
-def _open_unlinked(directory: str, size: int) -> FileStorage:
+def _open_unlinked(directory: str, sizes: Sequence[int]) -> list[FileStorage]:
+    path = os.path.join(directory, "(scratch)")
+    opened: list[FileStorage] = []
+    with contextlib.ExitStack() as unfinished:
+        for size in sizes:
+            file = _create_unlinked(directory)
+            unfinished.callback(file.close)
+            _resize(file, path, size)
+            opened.append(FileStorage(file, path, read_only=False))
+        unfinished.pop_all()
+    return opened
+
+
+def _create_unlinked(directory: str) -> io.FileIO:
     try:
         file = open_unnamed(directory)
         if file is None:
@@ -532,10 +546,7 @@ def _open_unlinked(directory: str, size: int) -> FileStorage:
             file = io.FileIO(fd, "rb+")
     except OSError as error:
         raise IoError(error.errno or errno.EIO, directory, "create a scratch file") from error
-    path = os.path.join(directory, "(scratch)")
-    with _closing_on_error(file):
-        _resize(file, path, size)
-        return FileStorage(file, path, read_only=False)
+    return file
 
 
 def _open_raw(path: str, flags: int, mode: int = 0o600) -> io.FileIO:

@@ -13,11 +13,15 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextlib
+import math
 import os
 import queue
+import select
 import threading
+import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar, TypeVarTuple
 
 from fleecer.storage.lanes import Lane, Result
@@ -48,7 +52,8 @@ class _Bell:
             os.eventfd_write(self.fd, 1)
 
     def silence(self) -> None:
-        os.eventfd_read(self.fd)
+        with contextlib.suppress(BlockingIOError):  # `linger` was quicker than the loop
+            os.eventfd_read(self.fd)
         self.ringing = False
 
     def __del__(self) -> None:
@@ -84,6 +89,23 @@ class Pool:
         else:
             lane.waiting.append(job)
         return future
+
+    def linger(self, futures: Collection[asyncio.Future[Any]], limit_s: float) -> bool:
+        """Waits for what was submitted in place of the loop, which nobody else has meanwhile: `limit_s` at most.
+
+        Returns whether all are done. Threads that work beside a busy loop wait for the interpreter after every call;
+        so what takes them a moment now would take many turns of the loop. For rare things that guests wait for.
+        """
+        deadline_s = time.monotonic() + limit_s
+        poll = select.poll()
+        poll.register(self._bell.fd, select.POLLIN)
+        while not all(future.done() for future in futures):
+            left_s = deadline_s - time.monotonic()
+            if left_s <= 0:
+                return False
+            if poll.poll(math.ceil(left_s * 1e3)):
+                self._collect()
+        return True
 
     def ring(self) -> Ring | None:
         """What reads without threads, where that can be done (ring.py); None also until it is loaded: ask again."""

@@ -6,7 +6,7 @@ import asyncio
 import errno
 import os
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,8 @@ from fleecer.block.nodes.null import NullNode
 from fleecer.daemon import Daemon, Events
 from fleecer.daemon.daemon import format_of
 from fleecer.errors import CorruptImage, FleecerError, InUse, IoError, NotFound, PermissionConflict, UsageError
+from fleecer.export.server import WAY_TURN_BYTES
+from fleecer.jobs import BackupRequest
 from fleecer.net.nbd_client import ALLOCATION, NbdClient
 from fleecer.ranges import Buffer
 from fleecer.storage.api import Storage
@@ -345,11 +347,24 @@ async def test_a_scratch_needs_a_place(daemon: World, tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == ["disk.raw"], "the scratch has a name"
 
 
+@pytest.mark.parametrize("what", ["a snapshot", "a backup"])
+async def test_guests_who_ask_for_much_make_way_for_a_cut(daemon: World, tmp_path: Path, what: str) -> None:
+    _, disk = daemon.disk("a")
+    assert daemon.server.turn_bytes > WAY_TURN_BYTES
+    if what == "a snapshot":
+        await daemon.snapshots.create(["a"], scratch_directory=str(tmp_path))
+    else:
+        target = MemoryNode("target", bytes(SIZE))
+        daemon.graph.add(target, named=True)
+        await daemon.start_backups([BackupRequest("job", disk, target, "none")])
+    assert daemon.server.turn_bytes == WAY_TURN_BYTES
+
+
 async def test_where_no_scratch_can_be_made_another_place_is_asked_for(
     daemon: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(directory: str, size: int) -> asyncio.Future[Storage]:
-        refused: asyncio.Future[Storage] = asyncio.get_running_loop().create_future()
+    def refuse(directory: str, sizes: Sequence[int]) -> asyncio.Future[list[Storage]]:
+        refused: asyncio.Future[list[Storage]] = asyncio.get_running_loop().create_future()
         refused.set_exception(IoError(errno.EROFS, directory, "create a scratch file"))
         return refused
 

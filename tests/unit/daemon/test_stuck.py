@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -204,11 +204,11 @@ async def test_a_file_server_that_does_not_even_open_holds_up_only_who_asked(
 ) -> None:
     back, asked = asyncio.Event(), asyncio.Event()
 
-    async def stuck(directory: str, size: int) -> FileStorage:
+    async def stuck(directory: str, sizes: Sequence[int]) -> list[FileStorage]:
         if directory.endswith("dead"):
             asked.set()
             await back.wait()
-        return await open_unlinked(world.directory, size)
+        return await open_unlinked(world.directory, sizes)
 
     monkeypatch.setattr("fleecer.daemon.snapshots.open_unlinked", lambda *where: asyncio.ensure_future(stuck(*where)))
     create = world.daemon.snapshots.create

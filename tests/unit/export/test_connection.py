@@ -16,7 +16,7 @@ from tests.serving_world import SIZE, Client, OldClient, Serving, turns
 from fleecer.block.node import Extent
 from fleecer.errors import IoError, LocalProtocolError
 from fleecer.export import Export, connection
-from fleecer.export.server import HURRY_REQUESTS, LONG_TURN_BYTES, SHORT_TURNS
+from fleecer.export.server import HURRY_REQUESTS, LONG_TURN_BYTES, SHORT_TURNS, WAY_TURN_BYTES, WAY_TURNS
 from fleecer.ranges import Buffer
 from fleecer.units import KiB, MiB
 from fleecer.wire.nbd import Request
@@ -434,6 +434,22 @@ async def test_a_turn_ends_after_many_small_requests_and_after_many_zeroes(
         await asyncio.sleep(0)
         served.append(big.export.reads - before)
     assert max(served) <= LONG_TURN_BYTES // max(length, 4 * KiB)
+
+
+async def test_turns_are_very_short_for_a_while_for_who_needs_several(big: Serving) -> None:
+    client = await big.client(buffer_bytes=64 * MiB)
+    for at in range(3000):
+        client.codec.read(at, 1)
+    client.send()
+    big.server.make_way()
+    served = []
+    while big.export.reads < 3000:
+        before = big.export.reads
+        await asyncio.sleep(0)
+        served.append(big.export.reads - before)
+    short = WAY_TURN_BYTES // (4 * KiB)
+    assert max(served[:WAY_TURNS]) == short
+    assert max(served) >= LONG_TURN_BYTES // (4 * KiB), "only for a while"
 
 
 async def test_a_connection_that_has_ended_is_forgotten(big: Serving) -> None:

@@ -47,7 +47,7 @@ async def pool() -> AsyncIterator[None]:
 @pytest.fixture(params=["disk", "memory"])
 async def storage(request: pytest.FixtureRequest, tmp_path: Path, pool: None) -> AsyncIterator[FileStorage]:
     """An empty file of SIZE bytes on tmp_path's file system, and one on tmpfs."""
-    opened = await open_unlinked(str(tmp_path) if request.param == "disk" else "/dev/shm", SIZE)
+    (opened,) = await open_unlinked(str(tmp_path) if request.param == "disk" else "/dev/shm", [SIZE])
     yield opened
     await opened.close()
 
@@ -172,13 +172,23 @@ async def test_a_scratch_file_has_no_name(tmp_path: Path, code: int | None, monk
         return real(path, flags, mode, **options)
 
     monkeypatch.setattr(os, "open", without_tmpfile)
-    scratch = await open_unlinked(str(tmp_path), 0)
+    (scratch,) = await open_unlinked(str(tmp_path), [0])
     assert os.listdir(tmp_path) == []
     await scratch.pwrite(5, b"abc")
     assert await scratch.pread(0, 10) == bytes(5) + b"abc" + bytes(2)
     await scratch.close()
     with pytest.raises(IoError, match=r"create a scratch file on '.*/missing': No such file"):
-        await open_unlinked(str(tmp_path / "missing"), 0)
+        await open_unlinked(str(tmp_path / "missing"), [0])
+
+
+async def test_of_several_scratches_there_are_all_or_none(tmp_path: Path, pool: None) -> None:
+    opened = await open_unlinked(str(tmp_path), [4096, 0, 512])
+    assert [storage.size for storage in opened] == [4096, 0, 512]
+    for storage in opened:
+        await storage.close()
+    with pytest.raises(IoError, match="resize to 9223372036854775807 bytes"):
+        await open_unlinked(str(tmp_path), [4096, (1 << 63) - 1])
+    assert not open_files(tmp_path)
 
 
 async def test_a_file_tells_where_it_is_though_a_link_led_to_it_and_it_was_moved(tmp_path: Path, pool: None) -> None:

@@ -228,3 +228,40 @@ def test_a_loop_that_goes_without_closing_takes_its_threads_along(
     for thread in threads:
         thread.join(60)
         assert not thread.is_alive()
+
+
+async def test_who_lingers_has_the_results_without_a_turn_of_the_loop(pool: Pool) -> None:
+    others: list[str] = []
+    asyncio.get_running_loop().call_soon(others.append, "had a turn")
+    futures = [pool.submit(Lane(), divmod, number, 5) for number in range(20)]
+    assert pool.linger(futures, 60)
+    assert [future.result() for future in futures] == [divmod(number, 5) for number in range(20)]
+    assert not others
+    await asyncio.sleep(0)
+    assert others
+
+
+async def test_who_lingers_does_so_for_a_moment_only_and_no_result_is_lost(pool: Pool) -> None:
+    gate = Gate()
+    futures = [pool.submit(Lane(), gate, number) for number in range(3)]
+    assert not pool.linger(futures, 0.001)
+    gate.open()
+    assert await asyncio.gather(*futures) == [0, 1, 2]
+
+
+@pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+def test_a_loop_that_hears_of_what_somebody_who_lingered_has_had_goes_on(
+    run: Callable[[Coroutine[Any, Any, Any]], Any],
+) -> None:
+    async def main() -> list[int]:
+        pool = Pool()
+        for number in range(200):
+            assert pool.linger([pool.submit(Lane(), abs, number)], 60)
+            pool._collect()  # as a loop does that had seen the bell ring before
+            if not number % 3:
+                await asyncio.sleep(0)
+        results = await asyncio.gather(*[pool.submit(Lane(), abs, number) for number in range(100)])
+        await pool.close()
+        return results
+
+    assert run(main()) == list(range(100))
