@@ -167,8 +167,6 @@ class World:
         self.say(f"guest writes {change.number} to sectors {first}..{end - 1}")
         data = b"".join(stamp(change.number, sector) for sector in range(first, end))
         await self._change(change, (edge or self.top).pwrite(first * SECTOR_BYTES, data, fua))
-        if fua and not change.failed:
-            self.history.finish_flush([change])
 
     async def fua(self, first: int, end: int) -> None:
         """Writes durably."""
@@ -187,8 +185,6 @@ class World:
         change = self.history.begin(first, end, zero=True, lingers=fua)
         self.say(f"guest zeroes sectors {first}..{end - 1}")
         await self._change(change, self.top.zero(first * SECTOR_BYTES, (end - first) * SECTOR_BYTES, unmap, fua))
-        if fua and not change.failed:
-            self.history.finish_flush([change])
 
     async def fzero(self, first: int, end: int) -> None:
         """Writes zeroes durably."""
@@ -216,6 +212,8 @@ class World:
             self.say(f"  which fails: {error}")
         else:
             self.history.finish(change)
+            if change.lingers:  # it was to be durable when it returns
+                self.history.finish_flush([change])
             self.say(f"  change of sectors {change.first}..{change.end - 1} done")
         finally:
             self.slowest_s = max(self.slowest_s, self._now_s() - began_s)
