@@ -68,7 +68,7 @@ MUTANTS = [
         "writes-inline-over-a-thread",
         _FILE,
         """
-        if len(pooled) and pooled.overlaps(offset, length):
+        if self._pooled.overlaps(offset, length):
             return False
 """,
         "\n",

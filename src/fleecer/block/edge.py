@@ -16,13 +16,13 @@ Invariants:
 
 from __future__ import annotations
 
-import asyncio
 import errno
 from collections.abc import Iterator
 
 from fleecer.block.node import Extent, Node, ReadAtOnce, WriteAtOnce, merge_extents
 from fleecer.errors import IoError, PermissionConflict, quoted
 from fleecer.ranges import Buffer, align_down, align_up
+from fleecer.waiters import Waiters
 
 
 class Edge:
@@ -64,9 +64,9 @@ class Edge:
         self.may_grow = may_grow
         self.busy = 0
         self._closers = 0
-        self._gate: asyncio.Future[None] | None = None
+        self._gate: Waiters | None = None  # there while it is closed
         self._has_ended = False
-        self._idle: asyncio.Future[None] | None = None
+        self._idle: Waiters | None = None
         self.node = node
 
     def __str__(self) -> str:
@@ -294,41 +294,39 @@ class Edge:
         """From now on new requests wait at the gate, until everyone who has closed it has opened it again."""
         self._closers += 1
         if self._gate is None:
-            self._gate = asyncio.get_running_loop().create_future()
+            self._gate = Waiters()
 
     async def idle(self) -> None:
         """Returns when no request is in flight behind the closed gate."""
         assert self._gate is not None, f"waiting for {self} to be idle with its gate open"
         while self.busy:
-            self._idle = self._idle or asyncio.get_running_loop().create_future()
-            await asyncio.shield(self._idle)
+            self._idle = self._idle or Waiters()
+            await self._idle.wait()
 
     def open_gate(self) -> None:
         """Lets the waiting requests go on, in the order they came, unless somebody else keeps the gate closed."""
         assert self._gate is not None, f"the gate of {self} is open already"
         self._closers -= 1
         if not self._closers and not self._has_ended:
-            self._gate.set_result(None)
-            self._gate = None
+            gate, self._gate = self._gate, None
+            gate.wake()
 
     def end(self) -> None:
         """The edge has been detached: requests that wait at its gate, and those that still come, are refused."""
         self._has_ended = True
-        if self._gate is None:
-            self._gate = asyncio.get_running_loop().create_future()
-        if not self._gate.done():
-            self._gate.set_result(None)
+        self._gate = self._gate or Waiters()
+        self._gate.wake()
 
     async def _pass_gate(self) -> None:
         while self._gate is not None:
             if self._has_ended:
                 raise IoError(errno.ESHUTDOWN, self._node.name, "request", detail=f"{self} has ended")
-            await asyncio.shield(self._gate)
+            await self._gate.wait()
 
     def _now_idle(self) -> None:
         if self._idle is not None:
-            self._idle.set_result(None)
-            self._idle = None
+            idle, self._idle = self._idle, None
+            idle.wake()
 
     def _refuse_range(self, operation: str, offset: int, length: int, code: int = errno.EINVAL) -> Buffer:
         if not length:

@@ -82,6 +82,8 @@ class InFlight:
 
     def overlaps(self, offset: int, length: int) -> bool:
         """Whether any claim touches the range."""
+        if not self._claims:
+            return False
         end = offset + length
         return any(claim.start < end and offset < claim.end for claim in self._claims)
 

@@ -25,6 +25,7 @@ from fleecer.export.export import Export
 from fleecer.net.stream import Stream
 from fleecer.ranges import Buffer, is_zero
 from fleecer.units import KiB, MiB
+from fleecer.waiters import Waiters
 from fleecer.wire.nbd import Request, ServerCodec
 from fleecer.wire.nbd.constants import CMD_BLOCK_STATUS, CMD_READ, CMD_WRITE, EXTENT
 
@@ -67,7 +68,7 @@ class Connection:
         self._gone = False  # the stream has ended
         self._send_due = False
         self._awaits_turn = False
-        self._idle: asyncio.Future[None] | None = None
+        self._idle: Waiters | None = None  # there once somebody waits
         self._last_replies: asyncio.TimerHandle | None = None  # ends the time to read them
 
     def begin(self) -> None:
@@ -228,8 +229,8 @@ class Connection:
         """Once nothing is left to do: tells who waits for it, and closes if it is time."""
         if self._in_flight:
             return
-        if self._idle is not None and not self._idle.done():
-            self._idle.set_result(None)
+        if self._idle is not None:
+            self._idle.wake()
         if self._waiting:
             return
         if self._gone:
@@ -345,8 +346,8 @@ class Connection:
         self._refuse_waiting()
         self._send_and_go_on()
         if self._in_flight:
-            self._idle = self._idle or asyncio.get_running_loop().create_future()
-            await asyncio.shield(self._idle)
+            self._idle = self._idle or Waiters()
+            await self._idle.wait()
         self._refuse_waiting()
         self._finish()
         await asyncio.shield(self.ended)

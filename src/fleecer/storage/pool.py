@@ -26,6 +26,7 @@ from typing import Any, TypeVar, TypeVarTuple
 
 from fleecer.storage.lanes import Lane, Result
 from fleecer.storage.ring import Disk, Ring, load, open_ring
+from fleecer.waiters import Waiters
 
 THREADS_MAX = 64
 
@@ -70,7 +71,7 @@ class Pool:
         self._outcomes: collections.deque[_Outcome] = collections.deque()
         self._bell = _Bell()
         self._running = 0
-        self._idle: asyncio.Future[None] | None = None
+        self._idle = Waiters()
         self._closed = False
         self._ring: Ring | None = None
         self._asked_for_ring = False
@@ -126,8 +127,7 @@ class Pool:
         """Waits for all work submitted, then ends the threads. A second call does nothing."""
         while self._running or (self._ring is not None and self._ring.busy):  # what ends in one may go on in the other
             if self._running:
-                self._idle = self._idle or asyncio.get_running_loop().create_future()
-                await asyncio.shield(self._idle)
+                await self._idle.wait()
             elif self._ring is not None:
                 await self._ring.idle()
         if self._closed:
@@ -169,9 +169,8 @@ class Pool:
                 future.set_result(result)
             else:
                 future.set_exception(error)
-        if self._idle is not None and not self._running:
-            self._idle.set_result(None)
-            self._idle = None
+        if not self._running:
+            self._idle.wake()
 
 
 def _work(jobs: queue.SimpleQueue[_Job | None], outcomes: collections.deque[_Outcome], bell: _Bell) -> None:

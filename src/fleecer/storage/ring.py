@@ -22,6 +22,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 from fleecer.storage.lanes import Lane, Result
+from fleecer.waiters import Waiters
 
 if TYPE_CHECKING:
     import uring_api
@@ -81,7 +82,7 @@ class Ring:
         self._ring = ring
         self._running = 0
         self._is_turn_due = False
-        self._idle: asyncio.Future[None] | None = None
+        self._idle = Waiters()
         asyncio.get_running_loop().add_reader(ring.fd, self._turn)
 
     def read(self, lane: Lane, fd: int, buffer: bytearray | memoryview, offset: int) -> asyncio.Future[int]:
@@ -105,8 +106,7 @@ class Ring:
     async def idle(self) -> None:
         """Returns when all that was begun has ended, and whoever waits for it has been told."""
         while self._running:
-            self._idle = self._idle or asyncio.get_running_loop().create_future()
-            await asyncio.shield(self._idle)
+            await self._idle.wait()
 
     def close(self) -> None:
         """Gives the ring back, which must be idle. A second call does nothing."""
@@ -147,9 +147,8 @@ class Ring:
             result.set_result(completion.res)
             while lane.waiting and lane.running < lane.limit:
                 self._begin(lane.waiting.popleft())
-        if self._idle is not None and not self._running:
-            self._idle.set_result(None)
-            self._idle = None
+        if not self._running:
+            self._idle.wake()
 
 
 def load() -> bool:

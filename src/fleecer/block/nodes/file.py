@@ -79,9 +79,8 @@ class FileNode(Node):
         return None if self._pooled.would_wait(offset, length) else self.storage.try_pread(offset, length)
 
     def _write_at_once(self, offset: int, data: Buffer) -> bool:
-        pooled = self._pooled
         length = len(data)
-        if len(pooled) and pooled.overlaps(offset, length):
+        if self._pooled.overlaps(offset, length):
             return False
         try:
             done = self.storage.try_pwrite(offset, data)

@@ -310,7 +310,9 @@ def _model_claims(undo: list[Callable[[], None]]) -> None:
 
     def entering(recorder: Recorder, claims: InFlight, offset: int, length: int, serialising: bool = False) -> None:
         recorder.touch_range(claims, _pages(offset, length), how(serialising))
-        recorder.touch(claims, "any", how(serialising))
+        recorder.touch(claims, "any", COMMUTE)
+        if serialising:
+            recorder.touch(claims, "serialising", COMMUTE)
 
     def leaving(recorder: Recorder, claims: InFlight, claim: Claim) -> None:
         entering(recorder, claims, claim.start, claim.end - claim.start, claim.serialising)
@@ -318,8 +320,8 @@ def _model_claims(undo: list[Callable[[], None]]) -> None:
     def looking(recorder: Recorder, claims: InFlight, offset: int, length: int) -> None:
         recorder.touch_range(claims, _pages(offset, length), READ)
 
-    def counting(recorder: Recorder, claims: InFlight) -> None:
-        recorder.touch(claims, "any", READ)
+    def counting(what: str) -> Callable[..., None]:
+        return lambda recorder, claims: recorder.touch(claims, what, READ)
 
     _name_at_birth(undo, InFlight)
     _wrap(undo, InFlight, "enter", entering)
@@ -327,8 +329,8 @@ def _model_claims(undo: list[Callable[[], None]]) -> None:
     _wrap(undo, InFlight, "overlaps", looking)
     _wrap(undo, InFlight, "until_clear", looking)
     _wrap(undo, InFlight, "would_wait", looking)
-    _wrap(undo, InFlight, "__len__", counting)
-    _wrap(undo, InFlight, "changing", counting)
+    _wrap(undo, InFlight, "__len__", counting("any"))
+    _wrap(undo, InFlight, "changing", counting("serialising"))
 
 
 def _model_bitmaps(undo: list[Callable[[], None]]) -> None:

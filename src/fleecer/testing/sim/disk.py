@@ -32,6 +32,7 @@ from fleecer import spares
 from fleecer.errors import IoError
 from fleecer.ranges import Buffer, align_down, align_up, is_zero
 from fleecer.storage.api import StorageLimits
+from fleecer.testing.sim.loop import SimLoop
 
 SECTOR_BYTES = 512
 PAGE_BYTES = 4096
@@ -102,10 +103,6 @@ class _Moment(asyncio.Future[None]):
 
     def cancel(self, msg: object = None) -> bool:
         return False
-
-    def come(self) -> None:
-        """It is there."""
-        self.set_result(None)
 
 
 class Breakpoint:
@@ -347,8 +344,9 @@ class SimDisk:
             await asyncio.sleep(0)
             return
         loop = asyncio.get_running_loop()
+        assert isinstance(loop, SimLoop), "a simulated disk lives in a simulation"
         moment = _Moment(loop=loop)
-        loop.call_later(delay_s, moment.come)
+        loop.finish_later(delay_s, moment)
         await moment
 
     def _raise(self, operation: str, fault: Kind | None, offset: int, length: int) -> None:

@@ -18,10 +18,9 @@ What runs has a name that does not depend on the schedule: a task is named after
 made before ("main.2.1"), a plain callback likewise ("main.2:0"). `NamedLoop` keeps these names, so that one run's order
 can be followed in another.
 
-What of asyncio's inside is used, on 3.11 to 3.13: `BaseEventLoop._ready` (deque of handles), `_scheduled` (heap of
-timer handles), `_timer_cancelled_count` and `_stopping`; `_run_once`, `_process_events`, `_write_to_self`
-overridden; `Handle` and its attributes; `TimerHandle._when`, `_scheduled`; `Task._log_traceback`,
-`_log_destroy_pending`.
+What of asyncio's inside is used, on 3.11 to 3.13: `BaseEventLoop._ready` (deque of handles) and `_stopping`;
+`_run_once`, `_process_events`, `_write_to_self`, `_timer_handle_cancelled` overridden; `Handle` and its attributes;
+`Task._log_traceback`, `_log_destroy_pending`.
 """
 
 # ruff: noqa: SLF001 - that is what this file is for
@@ -94,8 +93,11 @@ class Pct:
         """The one whose task has the highest priority; of one task's, the first."""
         priorities = self._priorities
         best, best_priority, best_owner = 0, -2.0, None
+        handle: Any
         for index, handle in enumerate(ready):
-            owner = _owner(handle)
+            # The task that it steps, or the handle itself.
+            task = getattr(handle._callback, "__self__", None)
+            owner = task if isinstance(task, asyncio.Task) else handle
             priority = priorities.get(owner)
             if priority is None:
                 priority = priorities[owner] = self._generator.random()
@@ -106,19 +108,11 @@ class Pct:
         return best
 
 
-def _owner(handle: Any) -> object:
-    """The task that a handle steps, or the handle itself."""
-    task = getattr(handle._callback, "__self__", None)
-    return task if isinstance(task, asyncio.Task) else handle
-
-
 class SimLoop(asyncio.BaseEventLoop):
     """The loop. `steps` counts what ran; `time()` is virtual seconds since the start."""
 
     # asyncio's own, unknown to its type stubs. `Any` for handles: their privates are used.
     _ready: deque[Any]
-    _scheduled: list[Any]
-    _timer_cancelled_count: int
     _stopping: bool
 
     def __init__(self, scheduler: Scheduler | None = None, *, steps_max: int = 100_000) -> None:
@@ -128,6 +122,9 @@ class SimLoop(asyncio.BaseEventLoop):
         self.scheduler: Scheduler = scheduler or Fifo()
         self._steps_max = steps_max
         self._now_s = 0.0
+        # A heap: when, which was set first, what becomes ready (or, a future, is done) then.
+        self._timers: list[tuple[float, int, Any]] = []
+        self._timers_set = 0
         self._tasks: list[Any] = []
 
     def time(self) -> float:
@@ -136,8 +133,7 @@ class SimLoop(asyncio.BaseEventLoop):
 
     def pending(self) -> int:
         """How many callbacks and timers are still to come."""
-        timers = sum(not handle.cancelled() for handle in self._scheduled)
-        return len(self._ready) + timers
+        return len(self._ready) + sum(not timer.cancelled() for _, _, timer in self._timers)
 
     def call_exception_handler(self, context: dict[str, Any]) -> None:
         """Keeps what nobody heard of, for `simulate` to raise."""
@@ -186,51 +182,58 @@ class SimLoop(asyncio.BaseEventLoop):
         self, when: float, callback: Any, *args: Any, context: Any = None
     ) -> asyncio.TimerHandle:
         """See asyncio."""
-        timer: Any = asyncio.TimerHandle(when, callback, args, self, context)
-        heapq.heappush(self._scheduled, timer)
-        timer._scheduled = True
-        return timer  # type: ignore[no-any-return]
+        timer = asyncio.TimerHandle(when, callback, args, self, context)
+        self._set_timer(when, timer)
+        return timer
+
+    def finish_later(self, delay_s: float, future: asyncio.Future[None]) -> None:
+        """Has the future done then: as `call_later`, but no step of its own. Whom it wakes takes one."""
+        self._set_timer(self._now_s + delay_s, future)
+
+    def _set_timer(self, when: float, timer: Any) -> None:
+        self._timers_set += 1
+        heapq.heappush(self._timers, (when, self._timers_set, timer))
+
+    def _timer_handle_cancelled(self, handle: object) -> None:
+        """It stays where it is until its time, or until it is first."""
 
     def _run_once(self) -> None:
         """Runs one step after the other until the loop is to stop."""
-        ready, timers, turn = self._ready, self._scheduled, self._turn
+        ready, timers = self._ready, self._timers
+        choose = None if type(self.scheduler) is Fifo else self.scheduler.choose
         while not self._stopping:
-            if not ready or (timers and (timers[0]._when <= self._now_s or timers[0]._cancelled)):
+            if not ready or (timers and timers[0][0] <= self._now_s):
                 self._collect_timers()
-                if not ready:
-                    raise Stuck("nothing is ready and no timer is set")
             self.steps += 1
             if self.steps > self._steps_max:
                 raise TooManySteps(f"more than {self._steps_max} steps")
-            turn()
+            index = choose(ready, self.steps) if choose is not None and len(ready) > 1 else 0
+            handle = _take(ready, index) if index else ready.popleft()
+            if not handle._cancelled:
+                self._call(handle)
 
-    def _collect_timers(self) -> None:
-        """Makes ready what is due; where nothing is ready, whatever is due next."""
-        ready, timers = self._ready, self._scheduled
-        while timers and (timers[0]._cancelled or timers[0]._when <= self._now_s or not ready):
-            timer = heapq.heappop(timers)
-            timer._scheduled = False
-            if timer._cancelled:
-                self._timer_cancelled_count -= 1
-                continue
-            self._now_s = max(self._now_s, timer._when)
-            ready.append(timer)
-
-    def _turn(self) -> None:
-        """Takes out what runs now, and runs it."""
-        ready = self._ready
-        index = self.scheduler.choose(ready, self.steps) if len(ready) > 1 else 0
-        handle = _take(ready, index) if index else ready.popleft()
-        if not handle._cancelled:
-            self._perform(handle)
-
-    def _perform(self, handle: Any) -> None:
+    def _call(self, handle: Any) -> None:
         try:
             handle._context.run(handle._callback, *handle._args)
         except (SystemExit, KeyboardInterrupt):
             raise
         except BaseException as error:  # noqa: BLE001 - as asyncio has it
             self.call_exception_handler({"message": f"callback {handle._callback!r} failed", "exception": error})
+
+    def _collect_timers(self) -> None:
+        """Makes ready what is due; where nothing is ready, whatever is due next."""
+        ready, timers = self._ready, self._timers
+        while timers and (timers[0][0] <= self._now_s or not ready):
+            when, _, timer = heapq.heappop(timers)
+            if timer.cancelled():
+                continue
+            self._now_s = max(self._now_s, when)
+            if isinstance(timer, asyncio.TimerHandle):
+                ready.append(timer)
+            else:
+                timer.set_result(None)
+        if not ready:
+            raise Stuck("nothing is ready and no timer is set")
 
 
 class _Handle(asyncio.Handle):
@@ -282,7 +285,6 @@ class NamedLoop(SimLoop):
         self._made: dict[str, list[int]] = {}  # by each: how many tasks, how many callbacks
         self._names: dict[int, tuple[str, int]] = {}  # of the handles still to run, by id
         self._step = -1  # since the driver came
-        self._directed = False
         self._before: dict[str, list[Any]] = {}
         self._quiet: asyncio.Future[None] | None = None
 
@@ -350,33 +352,42 @@ class NamedLoop(SimLoop):
             if self.driver is not None:
                 self.driver.over()
                 self.driver = None
+        self.current = "time"
         super()._collect_timers()
 
-    def _turn(self) -> None:
-        ready = self._ready
-        if self.driver is None:
-            super()._turn()
-            return
-        for handle in ready:
-            if handle._cancelled:
-                ready.remove(handle)
-                return
-        self._step += 1
-        self._directed = True
-        names = [self._name(handle) for handle in ready]
-        self._perform(_take(ready, self.driver.choose(names, [self._names[id(handle)][1] for handle in ready])))
+    def _run_once(self) -> None:
+        """As a `SimLoop` does, but by name, and as directed."""
+        ready, timers = self._ready, self._timers
+        while not self._stopping:
+            if not ready or (timers and timers[0][0] <= self._now_s):
+                self._collect_timers()
+            self.steps += 1
+            if self.steps > self._steps_max:
+                raise TooManySteps(f"more than {self._steps_max} steps")
+            if self.driver is None:
+                self._perform(self.scheduler.choose(ready, self.steps) if len(ready) > 1 else 0)
+            elif any(handle._cancelled for handle in ready):
+                self._perform([handle._cancelled for handle in ready].index(True))
+            else:
+                self._step += 1
+                names = [self._name(handle) for handle in ready]
+                chosen = self.driver.choose(names, [self._names[id(handle)][1] for handle in ready])
+                driver = self.driver
+                self._perform(chosen)
+                if self.driver is driver:
+                    driver.stepped()
 
-    def _perform(self, handle: Any) -> None:
+    def _perform(self, index: int) -> None:
+        handle = _take(self._ready, index)
+        if handle._cancelled:
+            return
         self.current = self._name(handle)
         del self._names[id(handle)]
         if not isinstance(handle, asyncio.TimerHandle):
             self.order.append(self.current)
             if self.current in self._before:
                 self._count_down(self.current)
-        super()._perform(handle)
-        if self._directed and self.driver is not None:
-            self.driver.stepped()
-        self._directed = False
+        self._call(handle)
 
 
 def simulate(
@@ -420,7 +431,7 @@ def _close(loop: SimLoop) -> None:
                     value.close()
             del task, coroutine, frame, given
         loop._ready.clear()
-        loop._scheduled.clear()
+        loop._timers.clear()
         loop._tasks.clear()
         loop.close()
         eager.forget(loop)

@@ -13,7 +13,6 @@ poisons the image.
 
 from __future__ import annotations
 
-import asyncio
 from array import array
 from collections.abc import Iterable
 from errno import EIO
@@ -26,6 +25,7 @@ from fleecer.block.nodes.qcow2.metadata import Slice, SliceCache
 from fleecer.errors import FleecerError, IoError, told
 from fleecer.formats.qcow2.tables import encode_table
 from fleecer.units import MiB
+from fleecer.waiters import Waiters
 
 DIRTY_BYTES_MAX = 8 * MiB
 FREED_RUNS_MAX = 65536
@@ -63,7 +63,7 @@ class Committer:
         self._begun = 0
         self._finished = 0
         self._running = False
-        self._waiting: asyncio.Future[None] | None = None
+        self._waiting = Waiters()
 
     @property
     def dirty(self) -> bool:
@@ -95,8 +95,7 @@ class Committer:
                 # In a task of its own where it has to wait: who is cancelled must not stop it half-way.
                 eager.start(self._run())
             if self._running:
-                self._waiting = self._waiting or asyncio.get_running_loop().create_future()
-                await asyncio.shield(self._waiting)
+                await self._waiting.wait()
 
     async def _run(self) -> None:
         """One commit. A failure is left in the image, for all who wait."""
@@ -115,9 +114,7 @@ class Committer:
             raise
         finally:
             self._running = False
-            if self._waiting is not None:
-                self._waiting.set_result(None)
-                self._waiting = None
+            self._waiting.wake()
 
     async def _commit(self) -> None:
         batch = self._take()

@@ -6,12 +6,12 @@ holds is what the image means; concurrent readers of one slice share one read. T
 
 from __future__ import annotations
 
-import asyncio
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Hashable
 from typing import Generic, TypeVar
 
 from fleecer import eager
+from fleecer.waiters import Waiters
 
 T = TypeVar("T")
 
@@ -32,12 +32,12 @@ class SingleFlight:
         """
         flight = self._flights.get(key)
         if flight is not None:
-            await asyncio.shield(flight.over)
+            await flight.over.wait()
             return
         flight = self._flights[key] = _Flight()
         eager.start(self._perform(key, flight, work))
-        if not flight.over.done():
-            await asyncio.shield(flight.over)
+        if not flight.is_over:
+            await flight.over.wait()
         if flight.error is not None:
             raise flight.error
 
@@ -48,16 +48,18 @@ class SingleFlight:
             flight.error = error
         finally:
             del self._flights[key]
-            flight.over.set_result(None)
+            flight.is_over = True
+            flight.over.wake()
 
 
 class _Flight:
     """One piece of work under way."""
 
-    __slots__ = ("error", "over")
+    __slots__ = ("error", "is_over", "over")
 
     def __init__(self) -> None:
-        self.over: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.over = Waiters()
+        self.is_over = False
         self.error: Exception | None = None
 
 
@@ -85,7 +87,7 @@ class SliceCache(Generic[T]):
         self.dirty: dict[int, Slice[T]] = {}
         self._slices_max = max(bytes_max // slice_bytes, 1)
         self._read = read
-        self._loading: dict[int, asyncio.Future[None]] = {}
+        self._loading: dict[int, Waiters] = {}
 
     @property
     def dirty_bytes(self) -> int:
@@ -101,7 +103,7 @@ class SliceCache(Generic[T]):
                 return slice_
             loading = self._loading.get(offset)
             if loading is not None:
-                await asyncio.shield(loading)
+                await loading.wait()
                 continue
             slice_ = await self._load(offset)
             if slice_ is not None:
@@ -109,7 +111,7 @@ class SliceCache(Generic[T]):
 
     async def _load(self, offset: int) -> Slice[T] | None:
         """Reads a slice into the cache; None if its place got another use meanwhile."""
-        done = self._loading[offset] = asyncio.get_running_loop().create_future()
+        done = self._loading[offset] = Waiters()
         try:
             data = await self._read(offset)
             if self._loading.get(offset) is not done:
@@ -120,8 +122,7 @@ class SliceCache(Generic[T]):
         finally:
             if self._loading.get(offset) is done:
                 del self._loading[offset]
-            if not done.done():
-                done.set_result(None)
+            done.wake()
 
     def _make_room(self) -> None:
         slices = self.slices
