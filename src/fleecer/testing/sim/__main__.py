@@ -21,9 +21,8 @@ import multiprocessing
 import os
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from typing import TypeVar
 
 from fleecer.testing.sim.cases import BATCH, Batch, draw_case, run_batch, run_seed
@@ -185,16 +184,19 @@ def _replay(path: str) -> int:
 
 
 def _on_all(jobs: int, work: Callable[[T], U], items: Iterable[T], end: float = float("inf")) -> Iterator[U]:
-    """`work` of each item, on several processes, until the clock reads `end`. `work` must be a function of a module."""
+    """What `work`, a function of a module, makes of each item, in the order they end. None begins after `end`."""
     in_time = itertools.takewhile(lambda _: time.monotonic() < end, items)
     if jobs <= 1:
         yield from map(work, in_time)
         return
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), logging.disable, (logging.WARNING,)) as pool:
-        pending = deque(pool.submit(work, item) for item in itertools.islice(in_time, jobs * 2))
+        pending = {pool.submit(work, item) for item in itertools.islice(in_time, jobs * 2)}
         while pending:
-            yield pending.popleft().result()
-            pending.extend(pool.submit(work, item) for item in itertools.islice(in_time, 1))
+            # In the order they end: one long item keeps no other core waiting.
+            ended, pending = wait(pending, return_when=FIRST_COMPLETED)
+            pending.update(pool.submit(work, item) for item in itertools.islice(in_time, len(ended)))
+            for future in ended:
+                yield future.result()
 
 
 def _report(what: str, error: str, failure: Failure | None) -> None:
