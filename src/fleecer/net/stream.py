@@ -25,6 +25,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from fleecer.errors import IoError
+from fleecer.net.polling import polling_of
 from fleecer.net.unixpath import check_socket_path
 from fleecer.ranges import Buffer
 from fleecer.units import KiB, MiB
@@ -103,6 +104,7 @@ class SocketStream(Stream):
         self._sock: socket.socket | None = sock
         self._fd = sock.fileno()
         self._loop = asyncio.get_running_loop()
+        self._polling = polling_of(self._loop)
         self._receiver: Receiver | None = None
         self._queue: collections.deque[Buffer] = collections.deque()
         self._paused = True
@@ -188,6 +190,8 @@ class SocketStream(Stream):
                 return
             sent_bytes = self.sent_bytes
             receiver.received(count)
+            if self._polling is not None:
+                self._polling.arrived()
             # uvloop tells but once of a peer that has closed with something unread: read on, unless a send finds out.
             if count < len(room) and self.sent_bytes != sent_bytes:
                 return
