@@ -18,7 +18,7 @@ help:
 	@echo "make unit        the tests that need no foreign program"
 	@echo "make test-guest  boot a virtual machine from Fleecer (software emulation; ACCEL=kvm where that works)"
 	@echo "make sim         search for schedules that break what Fleecer promises (SECONDS=120)"
-	@echo "make mutants     make deliberate mistakes and see each found: an hour"
+	@echo "make mutants     make deliberate mistakes and see each found: minutes"
 	@echo "make soak        a real daemon under everything at once, judged to the byte (MINUTES=5 SEED=...)"
 	@echo "make bench       Fleecer and its peers side by side: hours; make bench-quick: minutes"
 	@echo "make clean       remove what these targets made"

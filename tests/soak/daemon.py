@@ -17,6 +17,7 @@ import fleecer
 from fleecer.app.rundir import NBD_SOCKET, QMP_SOCKET
 from fleecer.cli.qmp_client import QmpClient
 from fleecer.net.uri import unix_uri
+from tests.soak.processes import send
 
 ENVIRONMENT = os.environ | {
     "PYTHONPATH": os.pathsep.join((str(Path(fleecer.__file__).parents[1]), str(Path(__file__).parents[2]))),
@@ -90,7 +91,7 @@ class DaemonProcess:
 
     async def end(self, number: signal.Signals) -> int:
         """Sends a signal, and returns the exit status once the process is gone."""
-        self.process.send_signal(number)
+        send(self.process, number)
         try:
             async with asyncio.timeout(STOP_TIMEOUT_S):
                 return await self.process.wait()
@@ -99,8 +100,8 @@ class DaemonProcess:
 
     async def destroy(self) -> None:
         """Makes sure that no process is left. Idempotent."""
-        if self._process is not None and self._process.returncode is None:
-            self._process.kill()
+        if self._process is not None:
+            send(self._process, signal.SIGKILL)
             await self._process.wait()
 
     async def execute(self, command: str, arguments: dict[str, Any] | None = None) -> Any:

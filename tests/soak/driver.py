@@ -26,6 +26,7 @@ from fleecer.units import KiB, MiB, format_size
 from tests.soak.daemon import ENVIRONMENT, DaemonProcess, UnexpectedError, namespace_prefix
 from tests.soak.judge import ZEROES, Limits, Piece, Verdict, difference, judge
 from tests.soak.ledger import IN_FLIGHT, Ledger, Op
+from tests.soak.processes import send
 from tests.soak.readers import READERS, ReadFailedError, View, WrongError, first_reading
 from tests.soak.schemes import First, Scheme, Second
 from tests.soak.stamps import SECTOR, Layout
@@ -128,8 +129,7 @@ class Soak:
             raise _first_of(group_error) from group_error
         finally:
             for writer in self._writers:
-                if writer.returncode is None:
-                    writer.kill()
+                send(writer, signal.SIGKILL)
                 await writer.wait()
             for task in self._answers:
                 task.cancel()
@@ -391,9 +391,9 @@ class Soak:
             await mishap()
 
     async def _halt(self) -> None:
-        self._daemon.process.send_signal(signal.SIGSTOP)
+        send(self._daemon.process, signal.SIGSTOP)
         await asyncio.sleep(0.1 + self._random.random() * 2)
-        self._daemon.process.send_signal(signal.SIGCONT)
+        send(self._daemon.process, signal.SIGCONT)
         self.tally.halts += 1
 
     async def _kill(self) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
 import random
 import shutil
 import signal
@@ -23,6 +22,7 @@ from fleecer.net.nbd_client import ALLOCATION
 from fleecer.net.stream import connect_unix
 from fleecer.units import KiB, MiB
 from tests.soak.judge import Piece, check_zero_runs, difference
+from tests.soak.processes import send
 from tests.soak.stamps import SECTOR
 from tests.soak.writer import Guest
 
@@ -253,14 +253,12 @@ async def _run(
     try:
         if halt_s:
             await asyncio.sleep(halt_s / 20)
-            with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGSTOP)
-                await asyncio.sleep(halt_s)
-                process.send_signal(signal.SIGCONT)
+            send(process, signal.SIGSTOP)
+            await asyncio.sleep(halt_s)
+            send(process, signal.SIGCONT)
         if kill_after_s is not None:
             await asyncio.sleep(kill_after_s)
-            with contextlib.suppress(ProcessLookupError):
-                process.kill()
+            send(process, signal.SIGKILL)
             await process.wait()
             return b""
         async with asyncio.timeout(_RUN_TIMEOUT_S):
@@ -268,10 +266,8 @@ async def _run(
     except TimeoutError:
         raise ReadFailedError(f"{command[0]}: still running after {_RUN_TIMEOUT_S:g} s") from None
     finally:
-        if process.returncode is None:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process.pid, signal.SIGKILL)
-            await process.wait()
+        send(process, signal.SIGKILL)
+        await process.wait()
     if process.returncode not in fine:
         words = output.decode(errors="replace").strip()[-300:]
         raise ReadFailedError(f"{command[0]}: status {process.returncode}: {words}")

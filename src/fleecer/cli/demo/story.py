@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -149,7 +150,8 @@ async def _daemon(directory: str, disk: Disk, say: Tell) -> AsyncIterator[str]:
         yield run_directory
     finally:
         if process.returncode is None:
-            process.terminate()
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGTERM)  # `terminate` could lose the status of one that just ended
         status = await process.wait()
     if status:
         raise FleecerError(f"the daemon ended with status {status}")
