@@ -14,16 +14,19 @@ from typing import Any
 import pytest
 
 from fleecer.block.edge import Edge
+from fleecer.block.nodes.fault import FaultNode
 from fleecer.block.nodes.file import FileNode
 from fleecer.block.nodes.qcow2 import create_qcow2
 from fleecer.block.options import parse_options
 from fleecer.daemon import Daemon
+from fleecer.export import Export
 from fleecer.jobs import BackupRequest, start_backups
 from fleecer.net.nbd_client import NbdClient
 from fleecer.net.stream import connect_unix
 from fleecer.net.uri import tcp_uri, unix_uri
 from fleecer.storage.file import create_file
 from fleecer.storage.pool import running_pool
+from fleecer.testing.memory import MemoryNode
 from fleecer.units import KiB, MiB
 
 pytestmark = pytest.mark.peer
@@ -100,6 +103,32 @@ def sparse(seed: int) -> bytes:
         length = generator.randrange(100 * KiB)
         content[at : at + length] = generator.randbytes(length)
     return bytes(content)
+
+
+# Long reads.
+
+
+async def test_peers_put_long_reads_together_and_hear_of_errors_in_a_part(world: World, tmp_path: Path) -> None:
+    data = random.Random(3).randbytes(SIZE)
+    (tmp_path / "raw.raw").write_bytes(data)
+    await run("nbdcopy", "--request-size=8388608", world.uri("raw"), tmp_path / "copy")
+    assert (tmp_path / "copy").read_bytes() == data
+    await run("qemu-img", "convert", "-f", "raw", "-O", "raw", world.uri("raw"), tmp_path / "converted")
+    assert (tmp_path / "converted").read_bytes() == data
+    shown = await run("qemu-io", "-r", "-f", "raw", "-c", f"read 0 {SIZE}", world.uri("raw"))
+    assert f"read {SIZE}/{SIZE} bytes" in shown
+    disk = FaultNode("ill", Edge(MemoryNode("memory", data), "node 'ill'", "file"))
+    disk.fail("read", 5 * MiB, 512, times=None)
+    world.daemon.server.add(Export("ill", "ill", Edge(disk, "export 'ill'", "nbd")))
+    shown = await run(
+        "qemu-io", "-r", "-f", "raw", "-c", f"read 0 {SIZE}", "-c", "read 0 1M", world.uri("ill"), status=1
+    )
+    assert "read failed: Input/output error" in shown
+    assert f"read {MiB}/{MiB} bytes" in shown, "the connection did not go on"
+    assert "Input/output error" in await run(
+        "nbdcopy", "--request-size=8388608", world.uri("ill"), tmp_path / "copy2", status=1
+    )
+    await world.daemon.server.remove("ill", hard=True)
 
 
 # What is told of an export.

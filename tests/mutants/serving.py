@@ -118,6 +118,24 @@ MUTANTS = [
         tests=("tests/unit/export/test_at_once.py::test_what_is_done_at_once_waits_for_what_was_asked_before_it",),
     ),
     Mutant(
+        "requests-behind-a-long-read-lost",
+        _CONNECTION,
+        """
+                if self._waiting:
+                    self._leave(requests[index + 1 :])
+                    break
+                read, write =""",
+        """
+                if self._waiting:
+                    break
+                read, write =""",
+        "every request is answered, also behind a long read that its client does not read",
+        # The simulation's clients read all that they asked for before they ask again.
+        tests=(
+            "tests/unit/export/test_connection.py::test_requests_behind_a_long_read_keep_order_when_it_is_held_up",
+        ),
+    ),
+    Mutant(
         "flush-not-sent",
         _NBD,
         """
@@ -199,7 +217,7 @@ MUTANTS = [
         "reply-buffer-given-back-while-queued",
         _CONNECTION,
         """
-        sending, taken = self._sending, self.stream.sent_bytes - self.stream.queued_bytes
+        sending, taken = self._sending, self._taken_bytes()
 """,
         """
         sending, taken = self._sending, self.stream.sent_bytes

@@ -3,7 +3,8 @@
 Invariants:
 - Every request gets exactly one final reply. One that ends without it, or with an answer that does not fit it, is
   answered EIO and logged as a bug; with `Server.raise_internal_errors` the loop's exception handler hears of it.
-- Replies made in one turn leave in one send. No request spans a send: a client that does not read holds no claim.
+- Replies made in one turn leave in one send. No request spans a send: a client that does not read holds no claim. Nor
+  does a long read, each part of which is a request here; what of it has no room waits, in its place among the requests.
 - Memory is bounded: no request starts while `IN_FLIGHT_BYTES_MAX` bytes are in flight, or `QUEUED_BYTES_MAX` unsent.
 - A connection that ends waits for its requests in flight; their replies are dropped, their effects are not.
 - Who asks for much has turns: after `TURN_BYTES` of replies others go first, and in each turn of the event loop one
@@ -39,6 +40,9 @@ STOP_GRACE_S = 1.0
 """How long a client that is sent away has to read its last replies."""
 TURN_BYTES = 256 * KiB
 """Replies gathered before they are sent although more requests are at hand, and others have their turn."""
+PART_BYTES = 512 * KiB
+"""Longer reads are answered in parts of this length, where the client allows it. Memory for one is small enough to be
+in the processor's cache when it is sent, and soon used again; others have their turn in between."""
 _REQUEST_BYTES = 4 * KiB
 """What a request counts for in a turn besides what is read for it."""
 _STATUS_BYTES = 1 * MiB
@@ -69,6 +73,7 @@ class Connection:
         self._send_due = False
         self._awaits_turn = False
         self._idle: Waiters | None = None  # there once somebody waits
+        self._closing = False  # all is answered, and the stream closes once that is sent
         self._last_replies: asyncio.TimerHandle | None = None  # ends the time to read them
 
     def begin(self) -> None:
@@ -135,8 +140,15 @@ class Connection:
             ):
                 self._leave(requests[index:])
                 break
+            length = 0 if request.error else request.length
+            if length > PART_BYTES and self._codec.may_fragment(request):
+                self._run_parts(request, export)
+                if self._waiting:
+                    self._leave(requests[index + 1 :])
+                    break
+                read, write = (None, None) if self._refusing else export.at_once()
+                continue
             try:
-                length = 0 if request.error else request.length
                 if length and request.command == CMD_READ and read is not None:
                     data = read(request.offset, length)
                     if data is not None:
@@ -162,6 +174,12 @@ class Connection:
                 continue
             self._start(request, tried=read is not None)
             read, write = (None, None) if self._refusing else export.at_once()
+
+    def _run_parts(self, request: Request, export: Export) -> None:
+        """Runs a long read in parts. Those for which there is no room now are left for later."""
+        parts = self._codec.split(request, PART_BYTES)
+        export.reads -= len(parts) - 1  # as each will count itself
+        self._run(parts)
 
     def _leave(self, requests: list[Request]) -> None:
         """Leaves these for later, and takes no more until then."""
@@ -235,11 +253,28 @@ class Connection:
             return
         if self._gone:
             self._end()
-        elif self._finishing:
+        elif self._finishing and not self._closing:
+            self._closing = True
             self._send()
             self.stream.close()
-            if self._last_replies is None:
-                self._last_replies = asyncio.get_running_loop().call_later(STOP_GRACE_S, self.stream.abort)
+            self._give_time_to_read()
+
+    def _give_time_to_read(self) -> None:
+        """Ends the connection in a while: if all is answered by then, else if its client has read nothing since."""
+        if self._last_replies is not None:
+            self._last_replies.cancel()
+        taken = self._taken_bytes()
+        self._last_replies = asyncio.get_running_loop().call_later(STOP_GRACE_S, self._end_time_to_read, taken)
+
+    def _end_time_to_read(self, taken: int) -> None:
+        if not self._closing and (self._in_flight or self._taken_bytes() != taken):
+            self._give_time_to_read()
+        else:
+            self.stream.abort()
+
+    def _taken_bytes(self) -> int:
+        """How much of what was sent the kernel has taken."""
+        return self.stream.sent_bytes - self.stream.queued_bytes
 
     async def _answer(self, request: Request, tried: bool) -> None:
         codec = self._codec
@@ -268,7 +303,7 @@ class Connection:
     def _reply_read(self, request: Request, data: Buffer) -> None:
         codec = self._codec
         self._ready_bytes += request.length
-        if codec.structured and is_zero(data) and codec.may_send_hole(request) and len(data) == request.length:
+        if codec.structured and is_zero(data) and codec.may_fragment(request) and len(data) == request.length:
             codec.reply_read_hole(request)  # zeroes cost more to send than to find out
             spares.give(data)
         else:
@@ -326,7 +361,7 @@ class Connection:
 
     def _spare(self) -> None:
         """Gives the buffers back that the kernel has taken."""
-        sending, taken = self._sending, self.stream.sent_bytes - self.stream.queued_bytes
+        sending, taken = self._sending, self._taken_bytes()
         while sending and sending[0][0] <= taken:
             spares.give(sending.popleft()[1])
 
@@ -339,6 +374,8 @@ class Connection:
         self._finishing = True
         self.stream.pause()
         self._settle()
+        if not self._closing and not self._gone:
+            self._give_time_to_read()
 
     async def stop(self) -> None:
         """Refuses new requests, ends those in flight, answers them, and closes. Returns when that is done."""

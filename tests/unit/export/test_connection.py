@@ -16,6 +16,7 @@ from tests.serving_world import SIZE, Client, OldClient, Serving, turns
 from fleecer.block.node import Extent
 from fleecer.errors import IoError, LocalProtocolError
 from fleecer.export import Export, connection
+from fleecer.export.connection import PART_BYTES
 from fleecer.export.server import HURRY_REQUESTS, LONG_TURN_BYTES, SHORT_TURNS, WAY_TURN_BYTES, WAY_TURNS
 from fleecer.ranges import Buffer
 from fleecer.units import KiB, MiB
@@ -463,6 +464,119 @@ async def test_a_connection_that_has_ended_is_forgotten(big: Serving) -> None:
     assert not big.server._little_asked
 
 
+# Long reads.
+
+
+def chunks_of(data: bytes) -> list[tuple[int, bool, int, int]]:
+    """(type, whether it is the last, offset, bytes of data) of each chunk of a read."""
+    found = []
+    while data:
+        _, flags, kind, _, length = nbd.CHUNK.unpack_from(data)
+        body, data = data[nbd.CHUNK.size : nbd.CHUNK.size + length], data[nbd.CHUNK.size + length :]
+        at = nbd.ERROR_BODY.unpack_from(body)[1] + nbd.ERROR_BODY.size if kind & nbd.REPLY_TYPE_ERROR_BIT else 0
+        found.append((kind, bool(flags & nbd.REPLY_FLAG_DONE), nbd.OFFSET.unpack_from(body, at)[0], length - 8))
+    return found
+
+
+async def answer_to(serving: Serving, asked: bytes, length: int, *, structured: bool = True) -> bytes:
+    """The first `length` bytes that come when a client asks for something."""
+    client = OldClient(serving.stream())
+    client.stream.send([entering("disk", structured=structured)])
+    await turns()
+    client.data.clear()
+    client.stream.send([asked])
+    taken = await client.take(length)
+    client.stream.close()
+    await turns()
+    assert not client.data
+    return taken
+
+
+async def test_a_long_read_is_answered_in_parts_that_end_at_multiples_of_theirs_and_is_one_read(big: Serving) -> None:
+    start, length = 100, 2 * PART_BYTES + 50
+    answer = await answer_to(big, request(nbd.CMD_READ, start, length), length + 3 * nbd.DATA_CHUNK.size)
+    data = nbd.REPLY_TYPE_OFFSET_DATA
+    assert chunks_of(answer) == [
+        (data, False, start, PART_BYTES - start),
+        (data, False, PART_BYTES, PART_BYTES),
+        (data, True, 2 * PART_BYTES, start + 50),
+    ]
+    assert (big.export.reads, big.export.bytes_read) == (1, length)
+
+
+async def test_a_read_that_is_no_longer_than_a_part_is_answered_whole(big: Serving) -> None:
+    answer = await answer_to(big, request(nbd.CMD_READ, 1, PART_BYTES), PART_BYTES + nbd.DATA_CHUNK.size)
+    assert chunks_of(answer) == [(nbd.REPLY_TYPE_OFFSET_DATA, True, 1, PART_BYTES)]
+
+
+async def test_a_long_read_is_answered_whole_where_the_client_knows_no_parts_or_wants_none(big: Serving) -> None:
+    length = 3 * PART_BYTES
+    whole = await answer_to(big, request(nbd.CMD_READ, 7, length, flags=nbd.CMD_FLAG_DF), nbd.DATA_CHUNK.size + length)
+    assert chunks_of(whole) == [(nbd.REPLY_TYPE_OFFSET_DATA, True, 7, length)]
+    whole = await answer_to(big, request(nbd.CMD_READ, 7, length), nbd.SIMPLE_REPLY.size + length, structured=False)
+    assert whole[nbd.SIMPLE_REPLY.size :] == big.data[7 : 7 + length]
+
+
+async def test_a_long_read_fails_where_one_of_its_parts_does_and_the_others_are_answered(big: Serving) -> None:
+    big.fault.fail("read", PART_BYTES + 4096, 512, times=2)
+    text = f"read of {PART_BYTES} bytes at {PART_BYTES} on 'disk': Input/output error"
+    length = 2 * PART_BYTES + 2 * nbd.DATA_CHUNK.size + nbd.CHUNK.size + nbd.ERROR_BODY.size + len(text) + 8
+    answer = await answer_to(big, request(nbd.CMD_READ, 0, 3 * PART_BYTES), length)
+    assert text.encode() in answer
+    assert sorted(chunk[:1] + chunk[2:3] for chunk in chunks_of(answer)) == [
+        (nbd.REPLY_TYPE_OFFSET_DATA, 0),
+        (nbd.REPLY_TYPE_OFFSET_DATA, 2 * PART_BYTES),
+        (nbd.REPLY_TYPE_ERROR_OFFSET, PART_BYTES),
+    ]
+    assert [last for _, last, _, _ in chunks_of(answer)] == [False, False, True]
+    client = await big.connect()
+    with pytest.raises(IoError, match="Input/output error"):
+        await client.pread(0, 3 * PART_BYTES)
+    assert await client.pread(0, 512) == big.data[:512]
+    await client.close()
+
+
+async def test_parts_that_end_in_another_order_make_one_answer(big: Serving) -> None:
+    """The last to be answered ends it, wherever it lies."""
+    held = big.fault.hold("read", 0, 512)
+    client = await big.client(buffer_bytes=8 * MiB)
+    cookie = client.codec.read(0, 4 * PART_BYTES)
+    small = client.codec.read(8 * MiB, 512)
+    client.send()
+    await client.reply(small)
+    assert big.export.bytes_read == 4 * PART_BYTES + 512
+    held.release()
+    assert (await client.reply(cookie)).data == big.data[: 4 * PART_BYTES]
+
+
+async def test_requests_behind_a_long_read_keep_order_when_it_is_held_up(big: Serving) -> None:
+    client = await big.client(buffer_bytes=64 * KiB)
+    client.stream.pause()
+    cookies = [client.codec.read(at * MiB, 2 * MiB) for at in range(3)] + [client.codec.read(0, 512)]
+    client.send()
+    await turns()
+    assert big.export.bytes_read < 2 * MiB, "a client that does not read is read for"
+    client.stream.resume()
+    await client.reply(cookies[-1])
+    assert [reply.cookie for reply in client.replies] == cookies
+    assert [bytes(reply.data) for reply in client.replies[:3]] == [
+        bytes(big.data[at * MiB : (at + 2) * MiB]) for at in range(3)
+    ]
+
+
+async def test_a_long_read_that_waits_for_its_client_is_refused_when_the_server_stops(big: Serving) -> None:
+    client = await big.client(buffer_bytes=64 * KiB)
+    cookie = client.codec.read(0, 8 * MiB)
+    client.stream.pause()
+    client.send()
+    await turns()
+    stopping = asyncio.ensure_future(big.server.stop())
+    await turns()
+    client.stream.resume()
+    assert (await client.reply(cookie)).error == errno.ESHUTDOWN
+    await stopping
+
+
 # Bounded memory.
 
 
@@ -523,13 +637,13 @@ async def test_requests_in_flight_are_bounded_by_number(serving: Serving) -> Non
 
 
 async def test_requests_in_flight_are_bounded_by_bytes(big: Serving) -> None:
-    holds = [big.fault.hold("read") for _ in range(40)]
+    holds = [big.fault.hold("read") for _ in range(100)]
     client = await big.client()
     cookies = [client.codec.read(0, 4 * MiB) for _ in range(40)]
     client.send()
     await turns()
     reached = sum(held.is_reached for held in holds)
-    assert reached == connection.IN_FLIGHT_BYTES_MAX // (4 * MiB) + 1
+    assert reached == connection.IN_FLIGHT_BYTES_MAX // PART_BYTES + 1
     big.fault.clear()
     for cookie in cookies:
         await client.reply(cookie)
@@ -566,7 +680,7 @@ async def test_a_client_that_goes_without_reading_its_last_replies_is_waited_for
     monkeypatch.setattr(connection, "STOP_GRACE_S", 0.05)
     client = await big.client()
     client.stream.pause()
-    client.codec.read(0, 1 * MiB)
+    client.codec.read(0, 512 * KiB)
     if farewell == "disconnect":
         client.codec.disconnect()
     client.send()
@@ -580,13 +694,52 @@ async def test_a_client_that_goes_without_reading_its_last_replies_is_waited_for
             await asyncio.sleep(0.01)
 
 
+async def test_a_client_that_goes_with_much_unanswered_is_waited_for_while_it_reads(
+    big: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "STOP_GRACE_S", 0.2)
+    reads, stalls = await big.client(), await big.client()
+    for client in (reads, stalls):
+        client.stream.pause()
+        cookies = [client.codec.read(0, 512 * KiB) for _ in range(6)]
+        client.codec.disconnect()
+        client.send()
+    for _ in range(10):  # for much longer than the grace
+        await asyncio.sleep(0.05)
+        reads.stream.resume()
+        await turns(3)
+        reads.stream.pause()
+    assert len(reads.replies) < len(cookies)
+    assert len(big.server.clients()) == 1, "who reads was not waited for, or who does not still is"
+    reads.stream.resume()
+    for cookie in cookies:
+        assert (await reads.reply(cookie)).data == big.data[: 512 * KiB]
+    await reads.ended()
+
+
+async def test_a_client_that_goes_is_answered_however_long_its_requests_take(
+    big: Serving, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(connection, "STOP_GRACE_S", 0.02)
+    held = big.fault.hold("read", 0, 512)
+    client = await big.client()
+    cookie = client.codec.read(0, 512)
+    client.codec.disconnect()
+    client.send()
+    await held.reached()
+    await asyncio.sleep(0.1)
+    held.release()
+    assert (await client.reply(cookie)).data == big.data[:512]
+    await client.ended()
+
+
 async def test_what_comes_while_a_client_is_sent_away_is_refused_not_forgotten(
     big: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(connection, "STOP_GRACE_S", 30.0)
     held = big.fault.hold("read", 0, 512)
     client = await big.client(buffer_bytes=64 * KiB)
-    cookies = [client.codec.read(0, 512), client.codec.read(1 * MiB, 1 * MiB)]
+    cookies = [client.codec.read(0, 512), client.codec.read(1 * MiB, 512 * KiB)]
     client.stream.pause()
     client.send()
     await held.reached()

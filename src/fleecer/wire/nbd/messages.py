@@ -139,6 +139,12 @@ class Catalogue(Protocol):
         """
 
 
+class Parts(msgspec.Struct, gc=False, eq=False):
+    """A read that is answered in parts: `left` is how many have no reply yet."""
+
+    left: int
+
+
 class Request(msgspec.Struct, gc=False, eq=False):
     """One request of a client.
 
@@ -148,6 +154,7 @@ class Request(msgspec.Struct, gc=False, eq=False):
     data            the payload of a write, private to the request; else empty
     error, message  not 0: the request breaks a rule and must be answered by `reply_error` with just these
     answered        set by the codec with the final reply
+    parts           this is a part of a read, and what it shares with the others; see `ServerCodec.split`
     """
 
     command: int
@@ -159,6 +166,7 @@ class Request(msgspec.Struct, gc=False, eq=False):
     error: int = 0
     message: str = ""
     answered: bool = False
+    parts: Parts | None = None
 
 
 class Reply(msgspec.Struct, gc=False, eq=False):

@@ -4,8 +4,9 @@ Invariants:
 - Every request is returned once, in the order sent, after its payload is complete, also one that must be refused: then
   its `error` is set, and the owner answers it with `reply_error(request, request.error, request.message)`.
 - A request gets exactly one final reply; a second raises LocalProtocolError and sends nothing. Replies may be given in
-  any order, also after DISC.
-- With structured replies a read is never answered by a simple reply, and the flag DONE stands on the last chunk only.
+  any order, also after DISC. Each part of a read that was split counts as a request here.
+- With structured replies a read is never answered by a simple reply, and the flag DONE stands on the last chunk only:
+  of a read that was split, on the reply to whichever part is answered last.
 - A payload's length is checked before memory is taken for it.
 """
 
@@ -16,7 +17,7 @@ from collections.abc import Iterable, Sequence
 
 from fleecer import spares
 from fleecer.errors import LocalProtocolError, RemoteProtocolError, quoted
-from fleecer.ranges import Buffer
+from fleecer.ranges import Buffer, align_down
 from fleecer.wire.nbd.codec import TRANSMISSION_BUFFER_BYTES, WAITING_MAX_BYTES, Script
 from fleecer.wire.nbd.constants import (
     CHUNK,
@@ -43,6 +44,7 @@ from fleecer.wire.nbd.constants import (
     EXTENTS_SENT_MAX,
     HOLE_CHUNK,
     JOINED_MAX_BYTES,
+    OFFSET,
     OPTION_MAX_BYTES,
     OPTIONS_MAX,
     OPTIONS_TOTAL_MAX_BYTES,
@@ -50,6 +52,7 @@ from fleecer.wire.nbd.constants import (
     REPLY_FLAG_DONE,
     REPLY_TYPE_BLOCK_STATUS,
     REPLY_TYPE_ERROR,
+    REPLY_TYPE_ERROR_OFFSET,
     REPLY_TYPE_NONE,
     REPLY_TYPE_OFFSET_DATA,
     REPLY_TYPE_OFFSET_HOLE,
@@ -60,7 +63,7 @@ from fleecer.wire.nbd.constants import (
     STRUCTURED_REPLY_MAGIC,
     U32,
 )
-from fleecer.wire.nbd.messages import Catalogue, ExportInfo, Request, encode_text, error_value
+from fleecer.wire.nbd.messages import Catalogue, ExportInfo, Parts, Request, encode_text, error_value
 from fleecer.wire.nbd.server_handshake import ServerHandshake
 
 _REQUEST_BYTES = REQUEST.size
@@ -263,7 +266,7 @@ class ServerCodec(ServerHandshake):
         if self.structured:
             header = _pack_data(
                 STRUCTURED_REPLY_MAGIC,
-                REPLY_FLAG_DONE,
+                REPLY_FLAG_DONE if request.parts is None else _done_flag(request.parts),
                 REPLY_TYPE_OFFSET_DATA,
                 request.cookie,
                 length + 8,
@@ -277,18 +280,41 @@ class ServerCodec(ServerHandshake):
         else:
             self.outgoing.append(header + data)
 
-    def may_send_hole(self, request: Request) -> bool:
-        """Whether `reply_read_hole` can answer this read; otherwise zeroes must be sent as data."""
+    def may_fragment(self, request: Request) -> bool:
+        """Whether this is a read that several chunks may answer, of data and of holes: see `split`, `reply_read_hole`.
+
+        Otherwise all is sent at once as data, zeroes too.
+        """
         return (
             self.structured and request.command == CMD_READ and not request.flags & CMD_FLAG_DF and request.length > 0
         )
 
+    def split(self, request: Request, part_bytes: int) -> list[Request]:
+        """Parts of a read for which `may_fragment` holds, in order; each is answered as if it were a request.
+
+        They end at multiples of `part_bytes`. The read fails if one does; the others are answered all the same, because
+        an error in a part tells the client where it is (NBD_REPLY_TYPE_ERROR_OFFSET).
+        """
+        if request.answered or request.error or request.parts is not None or not self.may_fragment(request):
+            raise _misuse(request, "parts")
+        request.answered = True
+        parts = Parts(0)
+        found: list[Request] = []
+        start, end = request.offset, request.offset + request.length
+        while start < end:
+            stop = min(end, align_down(start, part_bytes) + part_bytes)
+            found.append(Request(CMD_READ, request.flags, request.cookie, start, stop - start, parts=parts))
+            start = stop
+        parts.left = len(found)
+        return found
+
     def reply_read_hole(self, request: Request) -> None:
-        """Answers a read whose bytes are all zero without sending them. See `may_send_hole`."""
-        if request.answered or not self.may_send_hole(request):
+        """Answers a read whose bytes are all zero without sending them. See `may_fragment`."""
+        if request.answered or not self.may_fragment(request):
             raise _misuse(request, "a hole")
         request.answered = True
-        chunk = (STRUCTURED_REPLY_MAGIC, REPLY_FLAG_DONE, REPLY_TYPE_OFFSET_HOLE, request.cookie, 12)
+        done = REPLY_FLAG_DONE if request.parts is None else _done_flag(request.parts)
+        chunk = (STRUCTURED_REPLY_MAGIC, done, REPLY_TYPE_OFFSET_HOLE, request.cookie, 12)
         self.outgoing.append(HOLE_CHUNK.pack(*chunk, request.offset, request.length))
 
     def reply_done(self, request: Request) -> None:
@@ -314,7 +340,11 @@ class ServerCodec(ServerHandshake):
             return
         text = encode_text(message)
         body = ERROR_BODY.pack(error, len(text)) + text
-        chunk = (STRUCTURED_REPLY_MAGIC, REPLY_FLAG_DONE, REPLY_TYPE_ERROR, request.cookie, len(body))
+        kind, done = REPLY_TYPE_ERROR, REPLY_FLAG_DONE
+        if request.parts is not None:
+            kind, done = REPLY_TYPE_ERROR_OFFSET, _done_flag(request.parts)
+            body += OFFSET.pack(request.offset)
+        chunk = (STRUCTURED_REPLY_MAGIC, done, kind, request.cookie, len(body))
         self.outgoing.append(_pack_chunk(*chunk) + body)
 
     def reply_status(
@@ -345,6 +375,12 @@ class ServerCodec(ServerHandshake):
             chunks.append(_pack_chunk(*chunk) + body)
         request.answered = True
         self.outgoing += chunks
+
+
+def _done_flag(parts: Parts) -> int:
+    """The flag DONE if no other part is left to answer. Call it once for each that is answered."""
+    parts.left -= 1
+    return 0 if parts.left else REPLY_FLAG_DONE
 
 
 def _misuse(request: Request, answer: str) -> LocalProtocolError:

@@ -93,7 +93,7 @@ class Disk:
             codec.reply_error(request, request.error, request.message)
         elif request.command == nbd.CMD_READ:
             data = bytes(self.data[start:end])
-            if is_zero(data) and codec.may_send_hole(request):
+            if is_zero(data) and codec.may_fragment(request):
                 codec.reply_read_hole(request)
             else:
                 codec.reply_read(request, data)

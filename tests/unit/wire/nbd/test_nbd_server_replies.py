@@ -26,9 +26,52 @@ def test_rule_6_a_structured_read_is_one_chunk_that_ends_the_reply() -> None:
 def test_rule_6_a_hole_tells_offset_and_size() -> None:
     codec = transmitting()
     read = ask(codec, request(nbd.CMD_READ, 4096, 8192))
-    assert codec.may_send_hole(read)
+    assert codec.may_fragment(read)
     codec.reply_read_hole(read)
     assert sent(codec) == chunk(nbd.REPLY_TYPE_OFFSET_HOLE, struct.pack(">QI", 4096, 8192))
+
+
+def test_rule_6_parts_of_a_read_are_chunks_and_the_last_answered_ends_it() -> None:
+    codec = transmitting()
+    first, second, third, fourth = codec.split(ask(codec, request(nbd.CMD_READ, 4000, 3 * 4096)), 4096)
+    assert [(part.offset, part.length) for part in (first, second, third, fourth)] == [
+        (4000, 96),
+        (4096, 4096),
+        (8192, 4096),
+        (12288, 4000),
+    ]
+    codec.reply_read(fourth, b"4" * 4000)
+    codec.reply_error(second, errno.EACCES, "no")
+    codec.reply_read_hole(third)
+    codec.reply_read(first, b"1" * 96)
+    assert sent(codec) == b"".join(
+        [
+            chunk(nbd.REPLY_TYPE_OFFSET_DATA, struct.pack(">Q", 12288) + b"4" * 4000, done=False),
+            chunk(nbd.REPLY_TYPE_ERROR_OFFSET, struct.pack(">IH2sQ", nbd.EPERM, 2, b"no", 4096), done=False),
+            chunk(nbd.REPLY_TYPE_OFFSET_HOLE, struct.pack(">QI", 8192, 4096), done=False),
+            chunk(nbd.REPLY_TYPE_OFFSET_DATA, struct.pack(">Q", 4000) + b"1" * 96),
+        ]
+    )
+    for part in (first, second):
+        with pytest.raises(LocalProtocolError, match="answered before"):
+            codec.reply_error(part, errno.EIO)
+
+
+def test_rule_6_only_a_read_that_may_be_fragmented_is_split_and_once() -> None:
+    codec = transmitting()
+    read = ask(codec, request(nbd.CMD_READ, 0, 8192))
+    parts = codec.split(read, 4096)
+    for again in (read, parts[0]):
+        with pytest.raises(LocalProtocolError):
+            codec.split(again, 512)
+    whole = ask(codec, request(nbd.CMD_READ, 0, 8192, flags=nbd.CMD_FLAG_DF))
+    written = ask(codec, request(nbd.CMD_WRITE, 0, data=b"x" * 8192))
+    beyond = ask(codec, request(nbd.CMD_READ, DISK.size, 8192))
+    old = transmitting(structured=False)
+    for other, asked in ((codec, whole), (codec, written), (codec, beyond), (old, ask(old, request(0, 0, 8192)))):
+        with pytest.raises(LocalProtocolError):
+            other.split(asked, 4096)
+        assert not asked.answered
 
 
 def test_rule_6_an_early_error_of_a_read_is_a_chunk_too() -> None:
@@ -84,7 +127,7 @@ def test_rule_6_success_without_data_is_a_simple_reply_except_for_reads() -> Non
 def test_rule_7_without_structured_replies_data_and_errors_are_simple() -> None:
     codec = transmitting(structured=False)
     read = ask(codec, request(nbd.CMD_READ, 0, 3, cookie=7))
-    assert not codec.may_send_hole(read)
+    assert not codec.may_fragment(read)
     with pytest.raises(LocalProtocolError):
         codec.reply_read_hole(read)
     codec.reply_read(read, b"abc")
@@ -109,7 +152,7 @@ def test_rule_8_the_flag_df_is_offered_with_structured_replies_only_and_forbids_
     codec = transmitting()
     whole = ask(codec, request(nbd.CMD_READ, 0, 64 * KiB, flags=nbd.CMD_FLAG_DF))
     assert not whole.error
-    assert not codec.may_send_hole(whole)
+    assert not codec.may_fragment(whole)
     with pytest.raises(LocalProtocolError):
         codec.reply_read_hole(whole)
     assert ask(transmitting(structured=False), request(nbd.CMD_READ, 0, 1, flags=nbd.CMD_FLAG_DF)).error == errno.EINVAL
