@@ -131,9 +131,7 @@ MUTANTS = [
                 read, write =""",
         "every request is answered, also behind a long read that its client does not read",
         # The simulation's clients read all that they asked for before they ask again.
-        tests=(
-            "tests/unit/export/test_connection.py::test_requests_behind_a_long_read_keep_order_when_it_is_held_up",
-        ),
+        tests=("tests/unit/export/test_connection.py::test_requests_behind_a_long_read_keep_order_when_it_is_held_up",),
     ),
     Mutant(
         "flush-not-sent",
