@@ -69,12 +69,14 @@ MUTANTS = [
         "copied-at-once-while-read",
         _COPIER,
         """
-        return not self._is_busy(first, end) and (self._is_settled(first, end) or self._copied_at_once(first, end))
+        if self._is_busy(first, end):
+            return False
+        return self._is_settled(first, end) or self._copied_at_once(first, self._end_ahead(first, end))
 """,
         """
         if self._is_settled(first, end):
             return not self._is_busy(first, end)
-        return self._copied_at_once(first, end)
+        return self._copied_at_once(first, self._end_ahead(first, end))
 """,
         "what is copied at once may still be read from the disk by a snapshot",
     ),
@@ -94,14 +96,32 @@ MUTANTS = [
         _COPIER,
         """
                 self._settled.set(start, stop)
-        return True
+        self._copied_to = end
 """,
         """
                 newest.done.set(stop, stop + 1)
                 self._settled.set(start, stop + 1)
-        return True
+        self._copied_to = end
 """,
         "only what was copied at once is marked",
+    ),
+    Mutant(
+        "copied-ahead-while-read",
+        _COPIER,
+        "            if stop > end and not self._is_busy(end, stop):",
+        "            if stop > end:",
+        "what is copied ahead may still be read from the disk by a snapshot, or on its way into a scratch",
+        # With so few clusters as the simulation's disks have, there is hardly anything ahead.
+        tests=(
+            "tests/unit/block/test_copier.py::test_a_change_is_copied_for_as_far_as_it_goes_and_changes_in_a_row_ahead",
+        ),
+    ),
+    Mutant(
+        "status-of-a-scratch-taken-from-the-disk",
+        _ACCESS,
+        "            if run.flags is not None:",
+        "            if run.flags is not None and not on_disk:",
+        "block status of what a scratch holds is the scratch's, also between what the disk holds",
     ),
     Mutant(
         "held-clusters-are-told-blank",
@@ -524,14 +544,14 @@ MUTANTS = [
         "status-not-frozen",
         _ACCESS,
         """
-            claim = self._copier.freeze(self.snapshot, offset, run)
-            try:
-                extents = await self._copier.source.block_status(offset, run)
-            finally:
-                self._copier.thaw(self.snapshot, claim)
+        claim = self._copier.freeze(self.snapshot, start, end - start)
+        try:
+            found = await self._copier.source.block_status(start, end - start)
+        finally:
+            self._copier.thaw(self.snapshot, claim)
 """,
         """
-            extents = await self._copier.source.block_status(offset, run)
+        found = await self._copier.source.block_status(start, end - start)
 """,
         "block status freezes what it asks the disk about",
     ),
@@ -552,10 +572,10 @@ MUTANTS = [
         _ACCESS,
         """
         self.snapshot.check()
-        return extents
+        return merge_extents(_status_of(runs, start, found))
 """,
         """
-        return extents
+        return merge_extents(_status_of(runs, start, found))
 """,
         "breakage is looked at after a status, before it is used",
     ),

@@ -39,22 +39,39 @@ from fleecer.block.bitmap import Bitmap
 from fleecer.block.edge import Edge
 from fleecer.block.inflight import Claim, InFlight
 from fleecer.errors import FleecerError, IoError, SnapshotBroken, UsageError, told
-from fleecer.ranges import is_power_of_two, is_zero
+from fleecer.ranges import align_up, is_power_of_two, is_zero
 from fleecer.units import KiB, MiB
 
 OnError = Literal["break-snapshot", "break-guest-write"]
 
 CLUSTER_SIZE_BYTES = 64 * KiB
+"""The unit of copying where QEMU's rules say so, for its drivers and jobs; else see `natural_cluster_size`."""
 CLUSTER_SIZE_MIN = 512
 CLUSTER_SIZE_MAX = 64 * MiB
 TIMEOUT_S = 15.0
 """How long a guest's write waits for a copy unless told otherwise: well below the 30 s after which guests give up."""
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_CLUSTERS_MAX = 1 << 25
+"""As many as a disk has, if larger clusters can help: then a bitmap of all is 4 MiB."""
+_AHEAD_BYTES = 64 * KiB
+"""Changes in a row are copied for in pieces of this length."""
 COPY_MAX_BYTES = 1 * MiB
 COPIES_MAX_BYTES = 8 * MiB
 """Old data in memory at once, besides one copy for each change: one discard may span gigabytes."""
 FREEZE_MAX_BYTES = 1 * MiB
 """Longest piece of the disk a snapshot read holds frozen at once: a write never waits for more than that."""
+
+
+def natural_cluster_size(disk_bytes: int, block_bytes: int) -> int:
+    """The unit of copying for a disk of some size, into a scratch whose file system has blocks of `block_bytes`.
+
+    It is a block, 4 KiB mostly: what a guest changes is what is copied, and what a scratch needs. On a large disk it is
+    as much more as keeps the bitmaps small, and never more than 64 KiB for either's sake.
+    """
+    size = 4 * KiB
+    while size < CLUSTER_SIZE_BYTES and (size < block_bytes or disk_bytes > size * _CLUSTERS_MAX):
+        size *= 2
+    return size
 
 
 class Snapshot:
@@ -178,6 +195,8 @@ class Copier:
         self._newest: Snapshot | None = None  # the newest one still read: copies go to its scratch
         self._settled = Bitmap()  # clusters that need no copy: preserved for, or not wanted by, everyone
         self._copies: list[_Copy] = []
+        self._ahead_clusters = max(1, _AHEAD_BYTES // cluster_size_bytes)
+        self._copied_to = -1  # behind the last cluster that was copied at once
 
     @property
     def snapshots(self) -> tuple[Snapshot, ...]:
@@ -294,10 +313,20 @@ class Copier:
         if self._newest is None and not self._copies:
             return True
         first, end = self._clusters(offset, length)
-        return not self._is_busy(first, end) and (self._is_settled(first, end) or self._copied_at_once(first, end))
+        if self._is_busy(first, end):
+            return False
+        return self._is_settled(first, end) or self._copied_at_once(first, self._end_ahead(first, end))
 
     def _is_settled(self, first: int, end: int) -> bool:
         return bool(self._settled[first]) if end == first + 1 else self._settled.all(first, end)
+
+    def _end_ahead(self, first: int, end: int) -> int:
+        """Up to where to copy for a change: beyond it if it follows the last one, as most likely the next one does."""
+        if first == self._copied_to:
+            stop = min(align_up(end, self._ahead_clusters), -(-self.source.size // self.cluster_size_bytes))
+            if stop > end and not self._is_busy(end, stop):
+                return stop
+        return end
 
     def _is_busy(self, first: int, end: int) -> bool:
         """Whether any of these clusters is being copied, or read from the disk by a snapshot."""
@@ -328,6 +357,7 @@ class Copier:
                 except FleecerError:
                     return False  # `preserve` meets it again, and knows what is to be done
                 self._settled.set(start, stop)
+        self._copied_to = end
         return True
 
     def _copy_at_once(self, snapshot: Snapshot, first: int, end: int) -> bool:

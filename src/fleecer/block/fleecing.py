@@ -25,7 +25,7 @@ import dataclasses
 import logging
 from collections.abc import Callable, Sequence
 
-from fleecer.block.copier import CLUSTER_SIZE_BYTES, TIMEOUT_S, Copier, OnError, Snapshot
+from fleecer.block.copier import TIMEOUT_S, Copier, OnError, Snapshot, natural_cluster_size
 from fleecer.block.edge import Edge
 from fleecer.block.graph import FILTER_ROLE, SNAPSHOT_ROLE, Graph
 from fleecer.block.node import Node
@@ -51,7 +51,8 @@ class Plan:
     `scratch` is an attached, writable edge to where old data goes; the cut takes it over if it succeeds. `fresh` says
     that it was never written, and reads as zeroes. With `share` the filter already above the disk is used, if it too
     was made for sharing. `name` is the snapshot's, in messages.
-    `cluster_size_bytes` None leaves the unit of copying to the filter; see `Copier` for `on_error` and `timeout_s`.
+    `cluster_size_bytes` None leaves the unit of copying to the filter, or to what disk and scratch are
+    (`natural_cluster_size`); see `Copier` for `on_error` and `timeout_s`.
     """
 
     node: Node
@@ -156,10 +157,11 @@ def _cut_one(graph: Graph, plan: Plan) -> Fleece:
             raise PermissionConflict(
                 f"{edge} may make node {quoted(node.name)} grow, and what grows has no snapshot; choose the node above"
             )
+    natural = natural_cluster_size(node.size, target.limits.preferred_bytes)
     source = Edge(node, f"node {quoted(plan.filter_name or plan.name)}", FILTER_ROLE, writable=not node.read_only)
     copier = Copier(
         source,
-        cluster_size_bytes=max(plan.cluster_size_bytes or CLUSTER_SIZE_BYTES, target.limits.cluster_size_bytes),
+        cluster_size_bytes=max(plan.cluster_size_bytes or natural, target.limits.cluster_size_bytes),
         on_error=plan.on_error,
         timeout_s=plan.timeout_s,
     )

@@ -5,16 +5,17 @@ from __future__ import annotations
 import asyncio
 import errno
 from typing import Literal
+from unittest import mock
 
 import pytest
 from tests.fleecing_world import CLUSTER, SIZE, Taken, World, together
 
 from fleecer import eager
-from fleecer.block.copier import Snapshot
+from fleecer.block.copier import Snapshot, natural_cluster_size
 from fleecer.block.edge import Edge
 from fleecer.block.fleecing import CUT_TIMEOUT_S, RETRY_S, RETRY_TIMEOUT_S, Plan, cut, release_scratch, uncut
 from fleecer.block.graph import SNAPSHOT_ROLE
-from fleecer.block.node import HOLE, ZERO, Extent, merge_extents
+from fleecer.block.node import HOLE, ZERO, Extent
 from fleecer.block.nodes.copy_before_write import CopyBeforeWriteNode
 from fleecer.block.nodes.fault import FaultNode
 from fleecer.block.nodes.file import FileNode
@@ -22,7 +23,7 @@ from fleecer.block.nodes.raw import RawNode
 from fleecer.block.nodes.snapshot_access import SnapshotAccessNode
 from fleecer.errors import IoError, NotFound, PermissionConflict, SnapshotBroken, UsageError
 from fleecer.testing.memory import MemoryStorage, random_turns
-from fleecer.units import MiB
+from fleecer.units import GiB, KiB, MiB
 
 Policy = tuple[str, float]
 
@@ -123,7 +124,7 @@ async def test_a_retired_snapshots_copies_stay_while_an_older_one_reads_them() -
     first, second = await world.take(), await world.take()
     await world.top.pwrite(0, b"x")
     await world.drop(second)
-    await world.top.pwrite(CLUSTER, b"y")  # now the copy goes to the first one's own scratch
+    await world.top.pwrite(3 * CLUSTER, b"y")  # now the copy goes to the first one's own scratch
     await world.check_whole(first)
     assert first.fleece.copier.preserved_bytes(first.fleece.snapshot) == CLUSTER
     await world.drop(first)
@@ -852,13 +853,95 @@ async def test_what_a_scratch_holds_is_told_without_asking_it() -> None:
     for cluster in range(1, 5):
         await world.top.pwrite(cluster * CLUSTER, b"x")
     fault.fail("block status")
-    told: list[Extent] = []
-    offset, end = CLUSTER + 100, 5 * CLUSTER - 100
-    while offset < end:
-        told += await taken.edge.block_status(offset, end - offset)
-        offset += told[-1].length
-    expected = [Extent(CLUSTER - 100, 0), Extent(2 * CLUSTER, HOLE | ZERO), Extent(CLUSTER - 100, 0)]
-    assert merge_extents(told) == expected
+    told = await taken.edge.block_status(CLUSTER + 100, 4 * CLUSTER - 200)
+    assert told == [Extent(CLUSTER - 100, 0), Extent(2 * CLUSTER, HOLE | ZERO), Extent(CLUSTER - 100, 0)]
+
+
+async def test_status_of_what_lies_here_and_there_asks_the_disk_once() -> None:
+    world = World(size=64 * CLUSTER)
+    await world.top.zero(20 * CLUSTER, 4 * CLUSTER)
+    taken = await world.take()
+    for cluster in (3, 10, 21):
+        await world.top.pwrite(cluster * CLUSTER, b"x")
+    asked: list[tuple[int, int]] = []
+    status = taken.fleece.copier.source.block_status
+
+    async def counted(offset: int, length: int) -> list[Extent]:
+        asked.append((offset, length))
+        return await status(offset, length)
+
+    with mock.patch.object(Edge, "block_status", lambda self, offset, length: counted(offset, length)):
+        node = taken.edge.node
+        told = await node.block_status(100, 40 * CLUSTER)
+        data, blank = Extent(20 * CLUSTER - 100, 0), Extent(4 * CLUSTER, HOLE | ZERO)
+        assert told == [data, blank, Extent(16 * CLUSTER + 100, 0)]
+        assert asked == [(100, 40 * CLUSTER)]
+        asked.clear()
+        assert await node.block_status(10 * CLUSTER, CLUSTER) == [Extent(CLUSTER, 0)]
+        assert asked == [], "a scratch knows what it holds"
+
+
+async def test_status_stops_where_that_of_the_disk_does() -> None:
+    world = World(size=64 * CLUSTER)
+    taken = await world.take()
+    await world.top.pwrite(3 * CLUSTER, b"x")
+    short = [Extent(CLUSTER, 0), Extent(CLUSTER, HOLE | ZERO)]
+    with mock.patch.object(Edge, "block_status", mock.AsyncMock(return_value=short)):
+        assert await taken.edge.node.block_status(0, 8 * CLUSTER) == short
+        assert await taken.edge.node.block_status(2 * CLUSTER, 8 * CLUSTER) == [
+            Extent(2 * CLUSTER, 0)  # of the disk, and of the scratch, which hides the disk's second extent
+        ]
+
+
+async def test_status_of_many_runs_stops_early() -> None:
+    world = World(size=4 * MiB)
+    taken = await world.take()
+    for at in range(0, 4 * MiB, 2 * CLUSTER):
+        await world.top.pwrite(at, b"x")
+    assert await taken.edge.block_status(0, 4 * MiB) == [Extent(64 * CLUSTER, 0)]
+
+
+# The unit of copying.
+
+
+@pytest.mark.parametrize(
+    ("disk_bytes", "block_bytes", "cluster_bytes"),
+    [
+        (1 * MiB, 512, 4 * KiB),
+        (128 * GiB, 4096, 4 * KiB),
+        (128 * GiB + 1, 4096, 8 * KiB),
+        (1 << 40, 4096, 32 * KiB),
+        (64 << 40, 4096, 64 * KiB),
+        (1 * MiB, 16 * KiB, 16 * KiB),
+        (1 * MiB, 1 * MiB, 64 * KiB),
+    ],
+)
+def test_the_unit_of_copying_follows_block_and_disk(disk_bytes: int, block_bytes: int, cluster_bytes: int) -> None:
+    assert natural_cluster_size(disk_bytes, block_bytes) == cluster_bytes
+
+
+async def test_a_change_is_copied_for_as_far_as_it_goes_and_changes_in_a_row_ahead() -> None:
+    ahead = 64 * KiB // CLUSTER
+    world = World(size=5 * ahead * CLUSTER + CLUSTER // 2)
+    taken = await world.take()
+
+    async def copied(cluster: int) -> list[tuple[int, int]]:
+        await world.top.pwrite(cluster * CLUSTER + 5, b"x")
+        done = taken.fleece.snapshot.done
+        return [(first, end) for first, end, is_done in done.runs(0, 5 * ahead + 1) if is_done]
+
+    assert await copied(5) == [(5, 6)]
+    assert await copied(2) == [(2, 3), (5, 6)]
+    assert await copied(3) == [(2, ahead)], "the next in a row"
+    assert await copied(4) == [(2, ahead)]
+    assert await copied(ahead) == [(2, 2 * ahead)]
+    held = taken.fleece.copier.freeze(taken.fleece.snapshot, (3 * ahead - 1) * CLUSTER, CLUSTER)
+    assert await copied(2 * ahead) == [(2, 2 * ahead + 1)], "a reader is there"
+    taken.fleece.copier.thaw(taken.fleece.snapshot, held)
+    assert await copied(2 * ahead + 1) == [(2, 3 * ahead)]
+    assert await copied(5 * ahead - 1) == [(2, 3 * ahead), (5 * ahead - 1, 5 * ahead)]
+    assert await copied(5 * ahead) == [(2, 3 * ahead), (5 * ahead - 1, 5 * ahead + 1)], "and no further than the disk"
+    await world.check_whole(taken)
 
 
 async def test_what_every_reader_gave_back_is_not_copied_whatever_comes_and_goes() -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+from typing import NamedTuple
 
 from fleecer import spares
 from fleecer.block.copier import FREEZE_MAX_BYTES, Copier, Snapshot
@@ -22,8 +23,17 @@ from fleecer.errors import IoError
 from fleecer.ranges import PIECE_BYTES, Buffer, align_down, align_up, ends_piece
 
 _STATUS_RUNS_MAX = 64
+"""Runs told of at once: each is little work, but there may be thousands of them."""
 PRESERVED = 1
 """Flag in `preserved_status`: the old data is in a scratch; without it the range is still shared with the disk."""
+
+
+class _Run(NamedTuple):
+    """Bytes from `start` to `end` that are in one place: with the status `flags` in a scratch; None: on the disk."""
+
+    start: int
+    end: int
+    flags: int | None
 
 
 class SnapshotAccessNode(Node):
@@ -37,7 +47,7 @@ class SnapshotAccessNode(Node):
         self, name: str, filter_edge: Edge, copier: Copier, snapshot: Snapshot, *, may_discard: bool = False
     ) -> None:
         limits = Limits(
-            preferred_bytes=copier.cluster_size_bytes,
+            preferred_bytes=max(copier.cluster_size_bytes, copier.source.node.limits.preferred_bytes),
             cluster_size_bytes=copier.cluster_size_bytes,
             zero_is_fast=False,
             can_discard=may_discard,
@@ -62,6 +72,7 @@ class SnapshotAccessNode(Node):
         data = spares.take(length)
         position = 0
         while True:
+            run = min(run, spares.LENGTH_MIN)  # of which there are spares; each other length would need new memory
             piece = self._side(holder).try_pread(offset + position, run)
             if piece is None:
                 spares.give(data)
@@ -117,7 +128,7 @@ class SnapshotAccessNode(Node):
         return data
 
     async def block_status(self, offset: int, length: int) -> list[Extent]:
-        """What the range held at the instant: of one run, so the answer may stop early."""
+        """What the range held at the instant. It may stop early."""
         if self._in_flight is None:
             return await self._block_status(offset, length)
         claim = self._in_flight.enter(offset, length)
@@ -129,20 +140,45 @@ class SnapshotAccessNode(Node):
             self._in_flight.leave(claim)
 
     async def _block_status(self, offset: int, length: int) -> list[Extent]:
-        holder, run = self._locate(offset, length, run_max=length)
-        if holder is not None:
-            # What a scratch holds is known without asking it: that is a question for each cluster a guest has touched.
-            cluster = self._copier.cluster_size_bytes
-            blank, end = holder.blank.run(offset // cluster, (offset + run - 1) // cluster + 1)
-            extents = [Extent(min(run, end * cluster - offset), HOLE | ZERO if blank else 0)]
-        else:
-            claim = self._copier.freeze(self.snapshot, offset, run)
-            try:
-                extents = await self._copier.source.block_status(offset, run)
-            finally:
-                self._copier.thaw(self.snapshot, claim)
+        runs = self._status_runs(offset, length)
+        on_disk = [run for run in runs if run.flags is None]
+        if not on_disk:
+            return merge_extents([Extent(run.end - run.start, run.flags or 0) for run in runs])
+        start, end = on_disk[0].start, on_disk[-1].end
+        claim = self._copier.freeze(self.snapshot, start, end - start)
+        try:
+            found = await self._copier.source.block_status(start, end - start)
+        finally:
+            self._copier.thaw(self.snapshot, claim)
         self.snapshot.check()
-        return extents
+        return merge_extents(_status_of(runs, start, found))
+
+    def _status_runs(self, offset: int, length: int) -> list[_Run]:
+        """Runs from `offset` on, in order, as many as are told of at once: what a scratch holds, and what the disk."""
+        runs: list[_Run] = []
+        end = offset + self._readable_length(offset, length)
+        while offset < end and len(runs) < _STATUS_RUNS_MAX:
+            holder, run = self._locate(offset, end - offset, run_max=end - offset)
+            flags = None
+            if holder is not None:
+                run, flags = self._held_status(holder, offset, run)
+            runs.append(_Run(offset, offset + run, flags))
+            offset += run
+        return runs
+
+    def _held_status(self, holder: Snapshot, offset: int, length: int) -> Extent:
+        """What a scratch holds there, of one kind. Known without asking it, which would take as long as a read."""
+        cluster = self._copier.cluster_size_bytes
+        blank, end = holder.blank.run(offset // cluster, (offset + length - 1) // cluster + 1)
+        return Extent(min(length, end * cluster - offset), HOLE | ZERO if blank else 0)
+
+    def _readable_length(self, offset: int, length: int) -> int:
+        """How much from `offset` on, which is readable, has not been discarded by a reader."""
+        revoked, cluster = self.snapshot.revoked, self._copier.cluster_size_bytes
+        if revoked is None:
+            return length
+        _, end = revoked.run(offset // cluster, (offset + length - 1) // cluster + 1)
+        return min(offset + length, end * cluster) - offset
 
     async def preserved_status(self, offset: int, length: int) -> list[Extent]:
         """Which of the range is preserved (flag PRESERVED) and which still shared with the disk (0); may stop early."""
@@ -193,3 +229,23 @@ class SnapshotAccessNode(Node):
         holder, end = self._copier.locate(self.snapshot, first, (offset + length - 1) // cluster + 1)
         run = min(end * cluster, offset + length) - offset
         return holder, run if holder is not None else min(run, run_max)
+
+
+def _status_of(runs: list[_Run], start: int, on_disk: list[Extent]) -> list[Extent]:
+    """The extents of `runs`, given those of the disk from `start` on; up to where these go."""
+    extents: list[Extent] = []
+    index, stop = 0, start + on_disk[0].length
+    for run in runs:
+        at = run.start
+        while at < run.end:
+            if run.flags is not None:
+                extents.append(Extent(run.end - at, run.flags))
+                break
+            while stop <= at:
+                index += 1
+                if index == len(on_disk):
+                    return extents
+                stop += on_disk[index].length
+            extents.append(Extent(min(run.end, stop) - at, on_disk[index].flags))
+            at += extents[-1].length
+    return extents
