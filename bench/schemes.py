@@ -14,11 +14,13 @@ from bench.images import Images
 from bench.subjects import SchemeName, Server, Subject
 
 CLUSTER_BYTES = 64 << 10
-"""What all of them copy at least for a write, as they are used here."""
+"""Touches are this far apart: no unit of copying met here is larger, and QEMU's is this."""
 
 
 class Scheme(ABC):
     """One way, on one server; each disk is cut once."""
+
+    cluster_bytes = CLUSTER_BYTES  # what is copied for a small write; on disks of this size
 
     def __init__(self, server: Server, images: Images) -> None:
         self.server = server
@@ -50,6 +52,8 @@ class Scheme(ABC):
 
 class Native(Scheme):
     """Fleecer's own: one command."""
+
+    cluster_bytes = 4 << 10
 
     def __init__(self, server: Server, images: Images) -> None:
         super().__init__(server, images)

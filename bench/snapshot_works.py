@@ -26,7 +26,6 @@ from bench.works import GUEST_TIMEOUT_S, MiB, Stand, process_time, scattered
 BUSY_S = 0.1
 """Of the processor: what a server has done by then for a guest shows that the guest writes."""
 COPY_TIMEOUT_S = 600.0
-WRITE_BYTES = 4096
 STEADY_RATE = 2000
 """Requests a second of a guest whose latency is looked at: far from what any subject can do."""
 
@@ -80,21 +79,19 @@ class Touches:
                     f"{touch} p99": result.p99_us,
                     f"{touch} max": result.max_us,
                 }
-        check_preserved(kept, count)
+        check_preserved(kept, count * past.cluster_bytes)
         return figures
 
 
-def check_preserved(kept: list[int], count: int) -> None:
+def check_preserved(kept: list[int], expected: int) -> None:
     """Whether bytes kept before, after the first and after the second touch are right. Raises BenchError.
 
-    What is written must be kept, and of a cluster of `CLUSTER_BYTES` as much as a subject likes. A scratch in qcow2 has
-    tables beside the data, so a little more than the clusters is allowed.
+    `expected` is what first touches preserve; a scratch in qcow2 has tables beside it, so a little more is allowed.
     """
     before, first, second = kept
-    least, most = count * WRITE_BYTES, count * CLUSTER_BYTES
-    slack = most // 20 + 2 * MiB
-    if not least <= first - before + MiB <= most + slack + MiB:
-        raise BenchError(f"{count} first touches preserved {first - before} bytes, not {least} to {most}")
+    slack = expected // 20 + 2 * MiB
+    if not expected <= first - before + MiB <= expected + slack + MiB:
+        raise BenchError(f"first touches preserved {first - before} bytes; {expected} were to be")
     if abs(second - first) > slack:
         raise BenchError(f"second touches preserved {second - first} bytes more; none were to be")
 
@@ -102,7 +99,7 @@ def check_preserved(kept: list[int], count: int) -> None:
 @contextlib.contextmanager
 def request_lists(stand: Stand, size: int, count: int, connections: int) -> Iterator[list[str]]:
     """Files of writes, one to the head of each of `count` clusters, dealt out to connections."""
-    ranges = fio.touch_list(size, CLUSTER_BYTES, WRITE_BYTES, count)
+    ranges = fio.touch_list(size, CLUSTER_BYTES, 4096, count)
     paths = [os.path.join(stand.directory, f"touches{index}") for index in range(connections)]
     try:
         for index, path in enumerate(paths):

@@ -281,7 +281,7 @@ class Copier:
             if copy.snapshot in serving:  # one for an older snapshot does not help this one
                 self._settled.set(copy.start, copy.end)
 
-    def _clusters(self, offset: int, length: int) -> tuple[int, int]:
+    def clusters(self, offset: int, length: int) -> tuple[int, int]:
         """The clusters that a range of bytes touches: the first, and the one after the last."""
         return offset // self.cluster_size_bytes, (offset + length - 1) // self.cluster_size_bytes + 1
 
@@ -302,7 +302,7 @@ class Copier:
         """Whether a change of this range has to go through `preserve` first. Never waits."""
         if self._newest is None and not self._copies:
             return False
-        first, end = self._clusters(offset, length)
+        first, end = self.clusters(offset, length)
         return not self._is_settled(first, end) or self._is_busy(first, end)
 
     def preserved_at_once(self, offset: int, length: int) -> bool:
@@ -312,7 +312,7 @@ class Copier:
         """
         if self._newest is None and not self._copies:
             return True
-        first, end = self._clusters(offset, length)
+        first, end = self.clusters(offset, length)
         if self._is_busy(first, end):
             return False
         return self._is_settled(first, end) or self._copied_at_once(first, self._end_ahead(first, end))
@@ -378,7 +378,7 @@ class Copier:
         Where a snapshot that needs the old data is of "break-guest-write", raises what made a copy fail (ETIMEDOUT if
         it took too long): then nothing may be changed, and every snapshot is whole. Otherwise it never raises.
         """
-        first, end = self._clusters(offset, length)
+        first, end = self.clusters(offset, length)
         loop = asyncio.get_running_loop()
         since_s = loop.time()  # when there was progress last
         mine: list[_Copy] = []
@@ -414,7 +414,7 @@ class Copier:
 
         Raises what made a copy fail, under either policy; the snapshot may have broken then.
         """
-        first, end = self._clusters(offset, length)
+        first, end = self.clusters(offset, length)
         mine: list[_Copy] = []
         while self._newest is not None:
             self._start_copies(first, end, mine)

@@ -168,17 +168,15 @@ class SnapshotAccessNode(Node):
 
     def _held_status(self, holder: Snapshot, offset: int, length: int) -> Extent:
         """What a scratch holds there, of one kind. Known without asking it, which would take as long as a read."""
-        cluster = self._copier.cluster_size_bytes
-        blank, end = holder.blank.run(offset // cluster, (offset + length - 1) // cluster + 1)
-        return Extent(min(length, end * cluster - offset), HOLE | ZERO if blank else 0)
+        blank, end = holder.blank.run(*self._copier.clusters(offset, length))
+        return Extent(min(length, end * self._copier.cluster_size_bytes - offset), HOLE | ZERO if blank else 0)
 
     def _readable_length(self, offset: int, length: int) -> int:
         """How much from `offset` on, which is readable, has not been discarded by a reader."""
-        revoked, cluster = self.snapshot.revoked, self._copier.cluster_size_bytes
-        if revoked is None:
+        if self.snapshot.revoked is None:
             return length
-        _, end = revoked.run(offset // cluster, (offset + length - 1) // cluster + 1)
-        return min(offset + length, end * cluster) - offset
+        _, end = self.snapshot.revoked.run(*self._copier.clusters(offset, length))
+        return min(length, end * self._copier.cluster_size_bytes - offset)
 
     async def preserved_status(self, offset: int, length: int) -> list[Extent]:
         """Which of the range is preserved (flag PRESERVED) and which still shared with the disk (0); may stop early."""
