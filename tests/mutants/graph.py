@@ -9,6 +9,35 @@ _CLAIMS = "block/inflight.py"
 
 MUTANTS = [
     Mutant(
+        "begun-read-not-counted",
+        _EDGE,
+        """
+            return False
+        self.busy += 1
+        return True
+""",
+        """
+            return False
+        return True
+""",
+        "a drain waits for the reads that were begun",
+        tests=("tests/unit/block/test_at_once.py::test_a_read_that_was_begun_holds_a_drain_up_until_it_has_ended",),
+    ),
+    Mutant(
+        "begun-read-of-what-became-untrue",
+        _EDGE,
+        """
+        if error is None and self._node.check is not None:
+            try:
+""",
+        """
+        if False:
+            try:
+""",
+        "what was read is looked at again before it is used",
+        tests=("tests/unit/block/test_at_once.py::test_what_has_become_untrue_meanwhile_is_not_read",),
+    ),
+    Mutant(
         "disks-cut-one-after-another",
         _FLEECING,
         """

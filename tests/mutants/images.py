@@ -527,6 +527,58 @@ MUTANTS = [
         ),
     ),
     Mutant(
+        "begun-read-claims-nothing",
+        _FILE,
+        """
+        claim = pooled.enter(offset, length)
+        if self.storage.begin_pread(offset, length, functools.partial(pooled.read_ended, claim, ended)):
+            return True
+        pooled.leave(claim)
+        return False
+""",
+        """
+        return self.storage.begin_pread(offset, length, ended)
+""",
+        "a read that was begun claims its range of the file",
+        tests=(
+            "tests/unit/block/test_at_once.py::test_a_read_that_was_begun_and_a_write_of_its_range_wait_for_each_other",
+        ),
+    ),
+    Mutant(
+        "begun-read-passes-a-change",
+        _FILE,
+        """
+        if pooled.would_wait(offset, length):
+            return False
+        claim = pooled.enter(offset, length)
+""",
+        """
+        claim = pooled.enter(offset, length)
+""",
+        "no read is begun where the file is being changed",
+        tests=(
+            "tests/unit/block/test_at_once.py::test_a_read_that_was_begun_and_a_write_of_its_range_wait_for_each_other",
+        ),
+    ),
+    Mutant(
+        "begun-read-of-an-image-claims-nothing",
+        _NODE,
+        """
+        claim = in_flight.enter(start, stop - start)
+        if child.begin_pread(place, length, functools.partial(in_flight.read_ended, claim, ended)):
+            return True
+        in_flight.leave(claim)
+        return False
+""",
+        """
+        return child.begin_pread(place, length, ended)
+""",
+        "a read that was begun claims its clusters",
+        tests=(
+            "tests/unit/block/test_at_once.py::test_a_read_of_an_image_that_was_begun_keeps_its_clusters_where_they_are",
+        ),
+    ),
+    Mutant(
         "cancelled-flush-takes-the-sync-along",
         _FILE,
         """

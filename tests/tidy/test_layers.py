@@ -17,6 +17,7 @@ LAYERS = {
     "ranges": 0.2,
     "eager": 0.2,
     "waiters": 0.2,
+    "polling": 0.2,
     "spares": 0.3,
     "wire": 1,
     "formats": 1,

@@ -17,11 +17,13 @@ Invariants:
 from __future__ import annotations
 
 import errno
+import functools
 from collections.abc import Iterator
 
 from fleecer.block.node import Extent, Node, ReadAtOnce, WriteAtOnce, merge_extents
-from fleecer.errors import IoError, PermissionConflict, quoted
+from fleecer.errors import FleecerError, IoError, PermissionConflict, quoted
 from fleecer.ranges import Buffer, align_down, align_up
+from fleecer.storage.api import ReadEnded
 from fleecer.waiters import Waiters
 
 
@@ -140,6 +142,38 @@ class Edge:
         if self._gate is not None or not self._plain or not self.writable:
             return None
         return self._node.writer()
+
+    # What has to wait, but for one request only, costs no coroutine either.
+
+    def begin_pread(self, offset: int, length: int, ended: ReadEnded) -> bool:
+        """As `pread` after `try_pread` was tried in vain, if that can begin now; see `Node.begin_pread`.
+
+        False, with nothing done, if not, or if it is to be refused.
+        """
+        node = self._node
+        if (
+            self._gate is not None
+            or not self._plain
+            or offset < 0
+            or length <= 0
+            or offset + length > node.size
+            or length > node.limits.transfer_max_bytes
+            or not node.begin_pread(offset, length, functools.partial(self._pread_ended, ended))
+        ):
+            return False
+        self.busy += 1
+        return True
+
+    def _pread_ended(self, ended: ReadEnded, data: Buffer, error: Exception | None) -> None:
+        if error is None and self._node.check is not None:
+            try:
+                self._node.check()
+            except FleecerError as broken:
+                data, error = b"", broken
+        self.busy -= 1
+        if self._idle is not None and not self.busy:
+            self._now_idle()
+        ended(data, error)
 
     # The six operations. Each passes the gate, checks, counts, and hands on.
 

@@ -16,6 +16,9 @@ from __future__ import annotations
 
 import asyncio
 
+from fleecer.ranges import Buffer
+from fleecer.storage.api import ReadEnded
+
 
 class Claim:
     """One request's hold on a range. Made by `InFlight.enter`, ended by `InFlight.leave`."""
@@ -75,6 +78,11 @@ class InFlight:
             waiter = dependent.waiter
             if not dependent.blockers and waiter is not None and not waiter.done():
                 waiter.set_result(True)
+
+    def read_ended(self, claim: Claim, ended: ReadEnded, data: Buffer, error: Exception | None) -> None:
+        """Ends the claim of a read that was begun (`Node.begin_pread`), and hands its end on to `ended`."""
+        self.leave(claim)
+        ended(data, error)
 
     def changing(self) -> bool:
         """Whether any claim is serialising."""

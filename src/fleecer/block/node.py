@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from fleecer.block.inflight import InFlight
 from fleecer.ranges import Buffer
+from fleecer.storage.api import ReadEnded
 from fleecer.units import MiB
 
 if TYPE_CHECKING:
@@ -90,11 +91,11 @@ class Node(abc.ABC):
     __slots__ = ("check", "children", "limits", "name", "on_problem", "padding", "problem", "read_only", "size")
 
     def __init_subclass__(cls) -> None:
-        """Who overrides `pread` or `pwrite` alone gets every request there, not what is done at once past them."""
+        """Who overrides `pread` or `pwrite` alone gets every request there, and none takes a short cut past them."""
         super().__init_subclass__()
-        for operation, at_once in (("pread", "reader"), ("pwrite", "writer")):
-            if operation in cls.__dict__ and at_once not in cls.__dict__:
-                setattr(cls, at_once, getattr(Node, at_once))
+        for operation, short_cut in (("pread", "reader"), ("pread", "begin_pread"), ("pwrite", "writer")):
+            if operation in cls.__dict__ and short_cut not in cls.__dict__:
+                setattr(cls, short_cut, getattr(Node, short_cut))
 
     def __init__(self, name: str, size: int, *, limits: Limits, read_only: bool = False) -> None:
         self.name = name
@@ -123,6 +124,15 @@ class Node(abc.ABC):
     def writer(self) -> WriteAtOnce | None:
         """What writes from here without a wait, not serialising; see `reader`."""
         return None
+
+    def begin_pread(self, offset: int, length: int, ended: ReadEnded) -> bool:
+        """Begins what `pread` does, where that takes one request to a file and nothing has to be waited for before it.
+
+        For requests inside the node that could not be read at once. `ended` hears of the end in a later turn of the
+        event loop, once. False, with nothing done and nobody told, if it takes more: use `pread`. Raises FleecerError
+        where `pread` would at once. What `reader` and `writer` gave is as good as before.
+        """
+        return False
 
     @abc.abstractmethod
     async def pread(self, offset: int, length: int) -> Buffer:

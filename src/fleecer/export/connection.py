@@ -17,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import collections
 import errno
+import functools
 import logging
 from typing import TYPE_CHECKING
 
@@ -156,6 +157,8 @@ class Connection:
                         export.bytes_read += length
                         self._reply_read(request, data)
                         continue
+                    if self._begin_read(request, export):
+                        continue
                 elif (
                     length
                     and request.command == CMD_WRITE
@@ -174,6 +177,27 @@ class Connection:
                 continue
             self._start(request, tried=read is not None)
             read, write = (None, None) if self._refusing else export.at_once()
+
+    def _begin_read(self, request: Request, export: Export) -> bool:
+        """Begins a read that could not be done at once, where that needs no coroutine."""
+        if not export.edge.begin_pread(request.offset, request.length, functools.partial(self._read_ended, request)):
+            return False
+        export.reads += 1
+        export.bytes_read += request.length
+        self._in_flight += 1
+        self._in_flight_bytes += request.length
+        return True
+
+    def _read_ended(self, request: Request, data: Buffer, error: Exception | None) -> None:
+        self._in_flight -= 1
+        self._in_flight_bytes -= request.length
+        try:
+            if error is not None:
+                raise error
+            self._reply_read(request, data)
+        except Exception as failure:  # noqa: BLE001 - whatever it is, the client is answered
+            self._fail(request, failure)
+        self._send_soon()
 
     def _run_parts(self, request: Request, export: Export) -> None:
         """Runs a long read in parts. Those for which there is no room now are left for later."""
@@ -226,6 +250,9 @@ class Connection:
             self._refuse(request, errno.EIO, "the request was given up")
         elif (error := task.exception()) is not None:
             self._report(error)
+        self._send_soon()
+
+    def _send_soon(self) -> None:
         if not self._send_due:  # all that end in this turn of the loop leave in one send
             self._send_due = True
             asyncio.get_running_loop().call_soon(self._send_and_go_on)

@@ -25,8 +25,8 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from fleecer.errors import IoError
-from fleecer.net.polling import polling_of
 from fleecer.net.unixpath import check_socket_path
+from fleecer.polling import polling_of
 from fleecer.ranges import Buffer
 from fleecer.units import KiB, MiB
 

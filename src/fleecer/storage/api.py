@@ -14,9 +14,13 @@ Invariants that every storage keeps:
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Protocol
 
 from fleecer.ranges import Buffer
+
+ReadEnded = Callable[[Buffer, Exception | None], None]
+"""Hears how a read ended: what was read and None, or why it failed. It must not raise."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -70,6 +74,12 @@ class Storage(Protocol):
 
     def try_pwrite(self, offset: int, data: Buffer) -> bool:
         """Writes `data` and returns True, or returns False: use `pwrite`, which writes all of it (again)."""
+
+    def begin_pread(self, offset: int, length: int, ended: ReadEnded) -> bool:
+        """Begins to do what `pread` does, and returns True; or returns False: use `pread`.
+
+        `ended` is called once, in a later turn of the event loop.
+        """
 
     async def pread(self, offset: int, length: int) -> Buffer:
         """Exactly `length` bytes at `offset`."""

@@ -19,6 +19,7 @@ import asyncio
 import contextlib
 import errno
 import fcntl
+import functools
 import io
 import os
 import resource
@@ -32,12 +33,12 @@ from fleecer import spares
 from fleecer.errors import CannotOpen, IoError, UsageError, quoted
 from fleecer.ranges import Buffer, align_down, align_up
 from fleecer.storage import fallocate
-from fleecer.storage.api import StorageLimits
-from fleecer.storage.lanes import Lane
+from fleecer.storage.api import ReadEnded, StorageLimits
+from fleecer.storage.lanes import Lane, Result
 from fleecer.storage.locks import lock_image
 from fleecer.storage.paths import identity_of, open_unnamed, sync_directory
 from fleecer.storage.pool import running_pool
-from fleecer.storage.ring import Disk
+from fleecer.storage.ring import Disk, Ring
 from fleecer.units import KiB, MiB
 
 INLINE_MAX_BYTES = 1 * MiB
@@ -131,6 +132,7 @@ class FileStorage:
         "_lane",
         "_modes",
         "_reading",
+        "_ring",
         "_sector_bytes",
         "_skips",
         "_skips_next",
@@ -175,6 +177,7 @@ class FileStorage:
         self._has_missed = False  # an inline read that could have been one: the file can be read with RWF_NOWAIT
         self._device = status.st_rdev if self.is_block_device else status.st_dev
         self._disk = _NO_DISK  # until a read may have to wait for one
+        self._ring: Ring | None = None  # the running loop's, once there is one and we can use it
         self._inline_writes = InlineWrites()
         self._reading = 0
         # Syncs are counted apart, so that reads need not queue behind them.
@@ -235,29 +238,65 @@ class FileStorage:
 
     # Through the ring or the pool.
 
+    def begin_pread(self, offset: int, length: int, ended: ReadEnded) -> bool:
+        """See `Storage.begin_pread`: where the ring reads."""
+        ring = self._ring or self._find_ring()
+        if ring is None or length > RING_MAX_BYTES:
+            return False
+        if self._skips:
+            self._skips -= 1
+        if self._skips_next < SKIPS_MAX:
+            self._skips_next *= 2
+        self._reading += 1
+        self._disk.begin()
+        data = bytearray(length)
+        ring.read(self._disk, self._fd, data, offset, functools.partial(self._ring_ended, data, offset, ended))
+        return True
+
+    def _find_ring(self) -> Ring | None:
+        if self._has_missed:
+            pool = running_pool()
+            self._disk = pool.disk(self._device)
+            self._ring = pool.ring()
+        return self._ring
+
+    def _ring_ended(self, data: bytearray, offset: int, ended: ReadEnded, count: int) -> None:
+        if count == len(data):
+            self._end_read()
+            ended(data, None)
+        else:  # past the end, or failing: a thread finds out which
+            future = running_pool().submit(self._lane, self._pread, offset, len(data), self.size)
+            future.add_done_callback(functools.partial(self._thread_ended, ended))
+
+    def _thread_ended(self, ended: ReadEnded, read: asyncio.Future[Buffer]) -> None:
+        self._end_read()
+        error = read.exception()
+        if isinstance(error, Exception):
+            ended(b"", error)
+        else:
+            ended(read.result(), None)
+
+    def _end_read(self) -> None:
+        self._reading -= 1
+        self._disk.end()
+
     async def pread(self, offset: int, length: int) -> Buffer:
         """See `Storage.pread`."""
+        if self._ring or self._find_ring():
+            result = Result[Buffer](loop=asyncio.get_running_loop())
+            if self.begin_pread(offset, length, functools.partial(_settle, result)):
+                return await result
         if self._skips:
             self._skips -= 1
         pool = running_pool()
         if self._disk is _NO_DISK:
             self._disk = pool.disk(self._device)
-        disk = self._disk
-        disk.begin()
         self._reading += 1
+        self._disk.begin()
         try:
-            ring = pool.ring() if self._has_missed and length <= RING_MAX_BYTES else None
-            if ring is not None:
-                if self._skips_next < SKIPS_MAX:
-                    self._skips_next *= 2
-                data = bytearray(length)
-                if await ring.read(disk, self._fd, data, offset) == length:
-                    return data
-                # Past the end, or failing: a thread finds out which.
             return await pool.submit(self._lane, self._pread, offset, length, self.size)
         finally:
-            self._reading -= 1
-            disk.end()
+            self._end_read()
 
     async def pwrite(self, offset: int, data: Buffer) -> None:
         """See `Storage.pwrite`."""
@@ -415,6 +454,13 @@ class FileStorage:
             os.ftruncate(self._fd, size)
         except OSError as error:
             raise self._failed(error, f"resize to {size} bytes", 0, 0) from error
+
+
+def _settle(result: asyncio.Future[Buffer], data: Buffer, error: Exception | None) -> None:
+    if error is None:
+        result.set_result(data)
+    else:
+        result.set_exception(error)
 
 
 async def open_file(

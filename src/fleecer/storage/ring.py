@@ -6,8 +6,7 @@ the package `uring-api`, and a kernel that lets us: containers often forbid it. 
 
 Invariants:
 - A ring belongs to the event loop it was made in; all its methods are called there.
-- What was begun runs to its end. Its future cannot be cancelled: a waiter that is cancelled hears of it when the kernel
-  has let go of the buffer.
+- What was begun runs to its end: the kernel has let go of the buffer when whoever began it is told, which is once.
 - Only files come here that can be read with RWF_NOWAIT. For those the kernel waits without a worker of its own, so a
   disk that hangs holds up no other.
 - Even to ask may put us to sleep: when a disk has more to do than it takes at once, as one that hangs soon has. So what
@@ -19,9 +18,12 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from fleecer.storage.lanes import Lane, Result
+from fleecer.polling import polling_of
+from fleecer.storage.lanes import Lane
 from fleecer.waiters import Waiters
 
 if TYPE_CHECKING:
@@ -71,32 +73,34 @@ class Disk(Lane):
             self._to_end = _ENDS_BETWEEN_TRIES
 
 
-_Read = tuple[Result[int], Lane, int, bytearray | memoryview, int]
+_Ended = Callable[[int], None]
+_Read = tuple[_Ended, Lane, int, bytearray | memoryview, int]
 
 
 class Ring:
     """The kernel's queues of one event loop; see `open_ring`."""
 
     def __init__(self, ring: uring_api.Ring) -> None:
-        # The loop is not kept here: it owns the ring, and goes away with it.
+        # The loop owns the ring, and goes away with it.
+        self._loop = weakref.ref(loop := asyncio.get_running_loop())
         self._ring = ring
+        self._polling = polling_of(loop)
         self._running = 0
         self._is_turn_due = False
         self._idle = Waiters()
-        asyncio.get_running_loop().add_reader(ring.fd, self._turn)
+        loop.add_reader(ring.fd, self._turn)
 
-    def read(self, lane: Lane, fd: int, buffer: bytearray | memoryview, offset: int) -> asyncio.Future[int]:
-        """Reads into `buffer` from `offset` on; the result is how many bytes, or an error number below zero.
+    def read(self, lane: Lane, fd: int, buffer: bytearray | memoryview, offset: int, ended: _Ended) -> None:
+        """Reads into `buffer` from `offset` on; tells `ended` how many bytes, or an error number below zero.
 
-        Fewer bytes than asked for are no error, as with pread(2). Until the future is done the buffer is the kernel's.
+        Fewer bytes than asked for are no error, as with pread(2). Until `ended` is called, in a later turn of the event
+        loop, the buffer is the kernel's. What it raises is for the loop's exception handler.
         """
-        result = Result[int](loop=asyncio.get_running_loop())
-        read = (result, lane, fd, buffer, offset)
+        read = (ended, lane, fd, buffer, offset)
         if lane.running < lane.limit:
             self._begin(read)
         else:
             lane.waiting.append(read)
-        return result
 
     @property
     def busy(self) -> bool:
@@ -116,17 +120,18 @@ class Ring:
             self._ring.close()
 
     def _begin(self, read: _Read) -> None:
-        result, lane, fd, buffer, offset = read
+        ended, lane, fd, buffer, offset = read
         try:
             self._ring.prepare_read(fd, buffer, offset, read)
         except (OSError, RuntimeError):  # the kernel takes no more just now; whoever asked has other ways
-            result.set_result(-errno.EAGAIN)
+            asyncio.get_running_loop().call_soon(ended, -errno.EAGAIN)
             return
         lane.running += 1
         self._running += 1
         if not self._is_turn_due:
             self._is_turn_due = True
-            asyncio.get_running_loop().call_soon(self._turn)
+            if (loop := self._loop()) is not None:
+                loop.call_soon(self._turn)
 
     def _turn(self) -> None:
         """Hands the kernel what was begun, hands out what is done, and begins what waited for that."""
@@ -141,14 +146,23 @@ class Ring:
         self._is_turn_due = False
         for completion in completions:
             read: Any = completion.take_user_data()
-            result, lane = read[:2]
+            ended, lane = read[:2]
             lane.running -= 1
             self._running -= 1
-            result.set_result(completion.res)
+            try:
+                ended(completion.res)
+            except Exception as error:  # noqa: BLE001 - a bug in one must not cost the others their end
+                context = {"message": "the end of a read was not taken well", "exception": error}
+                asyncio.get_running_loop().call_exception_handler(context)
             while lane.waiting and lane.running < lane.limit:
                 self._begin(lane.waiting.popleft())
         if not self._running:
             self._idle.wake()
+        if self._polling is not None:
+            if completions:
+                self._polling.arrived()
+            if self._running:
+                self._polling.asked()
 
 
 def load() -> bool:

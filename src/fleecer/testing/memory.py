@@ -11,13 +11,13 @@ import dataclasses
 import errno as _errno
 import itertools
 import random
-from collections.abc import Awaitable, Callable, Iterator
-from typing import Literal
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
+from typing import Any, Literal
 
 from fleecer.block.nodes.file import FileNode
 from fleecer.errors import IoError
 from fleecer.ranges import Buffer, align_down, align_up, is_zero
-from fleecer.storage.api import Storage, StorageLimits
+from fleecer.storage.api import ReadEnded, Storage, StorageLimits
 
 Pause = Callable[[], Awaitable[None]]
 StorageOperation = Literal["read", "write", "write zeroes", "discard", "flush", "block status", "resize"]
@@ -37,6 +37,19 @@ def random_turns(seed: int, turns_max: int = 3) -> Pause:
             await asyncio.sleep(0)
 
     return pause
+
+
+def begin(read: Coroutine[Any, Any, Buffer], ended: ReadEnded) -> None:
+    """Lets a read go on by itself, and tells `ended` of its end, as `Storage.begin_pread` does."""
+
+    def tell(task: asyncio.Task[Buffer]) -> None:
+        error = task.exception()
+        if isinstance(error, Exception):
+            ended(b"", error)
+        else:
+            ended(task.result(), None)
+
+    asyncio.get_running_loop().create_task(read).add_done_callback(tell)
 
 
 class MemoryStorage:
@@ -76,6 +89,13 @@ class MemoryStorage:
             return False
         self._put(offset, data)
         self.size = max(self.size, offset + len(data))
+        return True
+
+    def begin_pread(self, offset: int, length: int, ended: ReadEnded) -> bool:
+        """See `Storage.begin_pread`: with a pause."""
+        if self.pause is None:
+            return False
+        begin(self.pread(offset, length), ended)
         return True
 
     async def pread(self, offset: int, length: int) -> Buffer:
@@ -246,6 +266,11 @@ class FaultyStorage:
         if any(failure.operation == "write" for failure in self.failures):
             return False
         return self.inner.try_pwrite(offset, data)
+
+    def begin_pread(self, offset: int, length: int, ended: ReadEnded) -> bool:
+        """See `Storage.begin_pread`. What fails does so later, as in `pread`."""
+        begin(self.pread(offset, length), ended)
+        return True
 
     async def pread(self, offset: int, length: int) -> Buffer:
         """See `Storage.pread`."""

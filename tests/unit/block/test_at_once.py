@@ -13,6 +13,7 @@ from tests.qcow2_world import guest, new_image, open_image
 
 from fleecer.block.edge import Edge
 from fleecer.block.nodes.raw import RawNode
+from fleecer.errors import IoError
 from fleecer.formats.qcow2.tables import COPIED
 from fleecer.ranges import Buffer
 from fleecer.testing.memory import MemoryNode, MemoryStorage
@@ -156,3 +157,114 @@ async def test_a_write_at_once_needs_all_its_clusters_in_a_row_and_its_own() -> 
     node._image.metadata.add(node._slices[next(iter(node._slices))].data[1] & ~COPIED)
     assert not edge.try_pwrite(0, b"y" * 2 * cluster), "where metadata is"
     assert await edge.pread(0, MiB) == before
+
+
+# What is begun without a coroutine.
+
+
+class Held:
+    """A pause that lasts until `go_on`, and who was told what at the end of reads."""
+
+    def __init__(self) -> None:
+        self.may_go = asyncio.Event()
+        self.told: list[bytes | Exception] = []
+
+    async def __call__(self) -> None:
+        await self.may_go.wait()
+
+    def ended(self, data: Buffer, error: Exception | None) -> None:
+        self.told.append(bytes(data) if error is None else error)
+
+    async def go_on(self) -> None:
+        self.may_go.set()
+        while not self.told:
+            await asyncio.sleep(0)
+
+
+async def test_a_read_that_was_begun_holds_a_drain_up_until_it_has_ended() -> None:
+    held = Held()
+    edge = Edge(RawNode("raw", Edge(MemoryNode("disk", b"x" * 4096, pause=held), "raw", "file")), "guest", "disk")
+    assert edge.begin_pread(0, 4096, held.ended)
+    assert edge.busy == 1
+    edge.close_gate()
+    assert not edge.begin_pread(0, 4096, held.ended), "the gate is closed"
+    drained = asyncio.create_task(edge.idle())
+    await asyncio.sleep(0)
+    assert not drained.done()
+    assert not held.told
+    await held.go_on()
+    await drained
+    assert held.told == [b"x" * 4096]
+    assert edge.busy == 0
+
+
+@pytest.mark.parametrize(("offset", "length"), [(-1, 1), (0, 0), (4095, 2)])
+async def test_what_is_to_be_refused_is_not_begun(offset: int, length: int) -> None:
+    held = Held()
+    edge = Edge(MemoryNode("disk", 4096, pause=held), "guest", "disk")
+    assert not edge.begin_pread(offset, length, held.ended)
+    assert edge.busy == 0
+
+
+async def test_who_overrides_reading_sees_what_could_be_begun_past_it() -> None:
+    class Spy(RawNode):
+        async def pread(self, offset: int, length: int) -> Buffer:
+            raise NotImplementedError
+
+    held = Held()
+    edge = Edge(Spy("spy", Edge(MemoryNode("disk", 4096, pause=held), "spy", "file")), "guest", "disk")
+    assert not edge.begin_pread(0, 1, held.ended)
+
+
+async def test_what_has_become_untrue_meanwhile_is_not_read() -> None:
+    held = Held()
+    node = MemoryNode("disk", 4096, pause=held)
+    edge = Edge(node, "guest", "disk")
+    broken = IoError(5, "disk", "read")
+
+    def check() -> None:
+        raise broken
+
+    assert edge.begin_pread(0, 1, held.ended)
+    node.check = check
+    await held.go_on()
+    assert held.told == [broken]
+    assert edge.busy == 0
+
+
+async def test_a_read_that_was_begun_and_a_write_of_its_range_wait_for_each_other() -> None:
+    held = Held()
+    edge = Edge(MemoryNode("disk", b"o" * 4096, pause=held), "guest", "disk", writable=True)
+    assert edge.begin_pread(0, 4096, held.ended)
+    writing = asyncio.create_task(edge.pwrite(0, b"n" * 4096))
+    await asyncio.sleep(0)
+    assert not edge.begin_pread(0, 4096, held.ended), "the write is first"
+    assert edge.begin_pread(4096 - 512, 512, held.ended) is False
+    await held.go_on()
+    await writing
+    assert held.told == [b"o" * 4096]
+
+
+@pytest.mark.parametrize("backed", [False, True])
+async def test_a_read_of_an_image_that_was_begun_keeps_its_clusters_where_they_are(*, backed: bool) -> None:
+    held = Held()
+    held.may_go.set()
+    storage = await new_image(MiB)
+    below = MemoryStorage(b"o" * MiB, name="backing", pause=held)
+    node = await open_image(storage, backing=below if backed else None)
+    edge = guest(node)
+    await edge.pwrite(512 * KiB, b"x")  # so that there is a table
+    if not backed:
+        await edge.pwrite(0, b"o" * 4096)
+    held.may_go.clear()
+    storage.pause = None if backed else held
+    assert edge.begin_pread(0, 4096, held.ended)
+    emptied = asyncio.create_task(edge.zero(0, 64 * KiB))
+    await asyncio.sleep(0)
+    assert not emptied.done(), "the cluster could get another use while it is read"
+    assert not edge.begin_pread(0, 4096, held.ended)
+    await held.go_on()
+    await emptied
+    assert held.told == [b"o" * 4096]
+    held.told.clear()
+    assert not edge.begin_pread(0, 4096, held.ended), "zeroes are not read"

@@ -135,20 +135,27 @@ async def turns(count: int) -> None:
         await asyncio.sleep(0)
 
 
+def reading(ring: Ring, disk: Disk, fd: int, buffer: bytearray, offset: int) -> asyncio.Future[int]:
+    """Begins a read; the future has what the ring told of its end."""
+    count: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+    ring.read(disk, fd, buffer, offset, count.set_result)
+    return count
+
+
 async def test_it_reads_what_is_there_and_tells_how_much(ring: Ring, file: int) -> None:
     disk, expected = Disk(), os.pread(file, SIZE, 0)
     forget_cached(file)
     offsets = random.Random(2).sample(range(0, SIZE - 4096, 512), 300)
     buffers = [bytearray(4096) for _ in offsets]
-    reads = [ring.read(disk, file, buffer, offset) for buffer, offset in zip(buffers, offsets, strict=True)]
+    reads = [reading(ring, disk, file, buffer, offset) for buffer, offset in zip(buffers, offsets, strict=True)]
     assert await asyncio.gather(*reads) == [4096] * 300
     for buffer, offset in zip(buffers, offsets, strict=True):
         assert buffer == expected[offset : offset + 4096]
-    assert await ring.read(disk, file, bytearray(4096), SIZE - 100) == 100
-    assert await ring.read(disk, file, bytearray(4096), SIZE) == 0
+    assert await reading(ring, disk, file, bytearray(4096), SIZE - 100) == 100
+    assert await reading(ring, disk, file, bytearray(4096), SIZE) == 0
     closed = os.dup(file)
     os.close(closed)
-    assert await ring.read(disk, closed, bytearray(1), 0) == -errno.EBADF
+    assert await reading(ring, disk, closed, bytearray(1), 0) == -errno.EBADF
     assert disk.running == 0
 
 
@@ -159,13 +166,13 @@ async def test_a_disk_has_no_more_than_its_limit_under_way_and_the_rest_in_order
     disk, done = Disk(), list[int]()
 
     async def read(number: int) -> None:
-        await ring.read(disk, file, bytearray(1), number)
+        await reading(ring, disk, file, bytearray(1), number)
         done.append(number)
 
     tasks = [asyncio.create_task(read(number)) for number in range(READS_MAX + 8)]
     await turns(3)
     assert [offset for _, _, offset, _ in kernel.submitted] == list(range(READS_MAX))
-    ring.read(Disk(), file, bytearray(1), 999)
+    reading(ring, Disk(), file, bytearray(1), 999)
     assert [offset for _, _, offset, _ in kernel.prepared] == [999], "another disk has its own share"
     kernel.release()
     await asyncio.gather(*tasks)
@@ -177,7 +184,7 @@ async def test_what_is_asked_in_one_turn_of_the_loop_is_one_call(held: tuple[Rin
     ring, kernel = held
     for count in (1, 16, 20):
         for _ in range(count):
-            ring.read(Disk(), file, bytearray(1), 0)
+            reading(ring, Disk(), file, bytearray(1), 0)
         await turns(3)
     assert kernel.batches == [1, 16, 20]
 
@@ -187,14 +194,14 @@ async def test_a_read_that_the_kernel_does_not_take_is_answered_with_an_error_nu
 ) -> None:
     ring, kernel = held
     disk = Disk()
-    reads = [ring.read(disk, file, bytearray(1), 0) for _ in range(3 * READS_MAX)]  # most of them wait
+    reads = [reading(ring, disk, file, bytearray(1), 0) for _ in range(3 * READS_MAX)]  # most of them wait
     await turns(3)
 
     def full(*_: object) -> None:
         raise OSError(errno.EBUSY, "Device or resource busy")
 
     monkeypatch.setattr(kernel, "prepare_read", full)
-    assert await ring.read(Disk(), file, bytearray(1), 0) == -errno.EAGAIN
+    assert await reading(ring, Disk(), file, bytearray(1), 0) == -errno.EAGAIN
     kernel.release()
     assert await asyncio.gather(*reads) == [1] * READS_MAX + [-errno.EAGAIN] * 2 * READS_MAX
     assert disk.running == 0
@@ -215,38 +222,35 @@ async def test_a_kernel_that_is_busy_is_asked_again(
         return real(timeout)
 
     monkeypatch.setattr(kernel, "wait", busy)
-    assert await ring.read(Disk(), file, bytearray(1), 0) == 1
+    assert await reading(ring, Disk(), file, bytearray(1), 0) == 1
     assert len(asked) >= 4
 
 
-async def test_a_cancelled_waiter_is_told_only_when_the_kernel_has_let_go(
+async def test_a_bug_in_one_who_is_told_does_not_cost_the_others_their_end(
     held: tuple[Ring, StandIn], file: int
 ) -> None:
     ring, kernel = held
-    disk, told = Disk(), list[int]()
+    bugs: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: bugs.append(context))
+    disk = Disk()
 
-    async def work() -> None:
-        try:
-            await ring.read(disk, file, bytearray(1), 0)
-        finally:
-            told.append(disk.running)
+    def broken(count: int) -> None:
+        raise ZeroDivisionError(count)
 
-    waiter = asyncio.create_task(work())
+    ring.read(disk, file, bytearray(1), 0, broken)
+    others = [reading(ring, disk, file, bytearray(1), 0) for _ in range(2 * READS_MAX)]
     await turns(3)
-    waiter.cancel()
-    await turns(10)
-    assert not told
     kernel.release()
-    with pytest.raises(asyncio.CancelledError):
-        await waiter
-    assert told == [0]
+    assert await asyncio.gather(*others) == [1] * 2 * READS_MAX
+    assert [type(bug["exception"]) for bug in bugs] == [ZeroDivisionError]
+    assert disk.running == 0
 
 
 async def test_idle_waits_for_what_is_under_way_and_closing_before_that_is_a_bug(
     held: tuple[Ring, StandIn], file: int
 ) -> None:
     ring, kernel = held
-    reads = [ring.read(Disk(), file, bytearray(1), 0) for _ in range(3)]
+    reads = [reading(ring, Disk(), file, bytearray(1), 0) for _ in range(3)]
     waiting = [asyncio.create_task(ring.idle()) for _ in range(2)]
     await turns(5)
     assert not any(task.done() for task in waiting)
@@ -307,7 +311,7 @@ async def test_a_pool_has_one_ring_and_closes_it(uring_api: StandInModule, file:
     assert await rings(pool) is ring
     (kernel,) = uring_api.made
     kernel.held = True
-    read = ring.read(Disk(), file, bytearray(1), 0)
+    read = reading(ring, Disk(), file, bytearray(1), 0)
     closing = asyncio.create_task(pool.close())
     await turns(5)
     assert not closing.done()
@@ -435,6 +439,47 @@ async def test_what_is_not_cached_is_read_by_the_ring(disk: FileStorage, tries: 
     assert threads == [0], "long reads are for threads"
 
 
+async def test_a_read_that_was_begun_tells_its_end_once_and_later(
+    disk: FileStorage, tries: Tries, threads: list[int]
+) -> None:
+    expected = random.Random(3).randbytes(SIZE)
+    told: list[tuple[bytes, Exception | None]] = []
+    for offset in (0, 4096, SIZE - 100):
+        assert disk.begin_pread(offset, 4096, lambda data, error: told.append((bytes(data), error)))
+    assert not disk.begin_pread(0, RING_MAX_BYTES + 1, lambda *_: told.append((b"", None))), "that is for threads"
+    assert not told
+    while len(told) < 3:
+        await asyncio.sleep(0)
+    await turns(5)
+    assert told == [
+        (expected[:4096], None),
+        (expected[4096:8192], None),
+        (expected[-100:] + bytes(3996), None),
+    ]
+    assert threads == [SIZE - 100], "what passes the end"
+    os.truncate(disk._fd, SIZE - 4096)
+    assert disk.begin_pread(SIZE - 4096, 4096, lambda data, error: told.append((bytes(data), error)))
+    while len(told) < 4:
+        await asyncio.sleep(0)
+    assert "cut short" in str(told[-1][1])
+
+
+async def test_a_cancelled_waiter_is_told_only_when_the_kernel_has_let_go(
+    uring_api: StandInModule, empty: FileStorage, tries: Tries
+) -> None:
+    (kernel,) = uring_api.made
+    kernel.held = True
+    assert empty.try_pread(0, 4096) is None
+    waiter = asyncio.create_task(empty.pread(0, 4096))
+    await turns(3)
+    waiter.cancel()
+    await turns(10)
+    assert not waiter.done()
+    kernel.release()
+    with pytest.raises(asyncio.CancelledError):
+        await waiter
+
+
 async def test_where_nothing_is_cached_few_reads_are_tried_inline_until_one_is(disk: FileStorage, tries: Tries) -> None:
     async def read() -> None:
         for _ in range(3):  # as many hands as a read goes through
@@ -543,15 +588,15 @@ async def test_a_pool_ends_what_goes_on_in_the_ring_once_a_thread_is_done(
 
     async def both() -> int:
         await pool.submit(Lane(), go_on.wait, 60)
-        return await ring.read(Disk(), fd, bytearray(4096), 0)
+        return await reading(ring, Disk(), fd, bytearray(4096), 0)
 
-    reading = asyncio.create_task(both())
+    waiter = asyncio.create_task(both())
     await turns(3)
     closing = asyncio.create_task(pool.close())
     await turns(3)
     go_on.set()
     await closing
-    assert await reading == 4096
+    assert await waiter == 4096
     assert uring_api.made[0].closed
     os.close(fd)
 

@@ -12,6 +12,7 @@ from fleecer.block.copier import Copier
 from fleecer.block.node import ReadAtOnce, WriteAtOnce
 from fleecer.block.nodes.filter import FilterNode
 from fleecer.ranges import Buffer
+from fleecer.storage.api import ReadEnded
 
 
 class CopyBeforeWriteNode(FilterNode):
@@ -37,6 +38,10 @@ class CopyBeforeWriteNode(FilterNode):
     def reader(self) -> ReadAtOnce | None:
         """See `Node.reader`."""
         return self.child.reader()
+
+    def begin_pread(self, offset: int, length: int, ended: ReadEnded) -> bool:
+        """See `Node.begin_pread`."""
+        return self.child.begin_pread(offset, length, ended)
 
     def writer(self) -> WriteAtOnce | None:
         """See `Node.writer`: what must be preserved first may have to wait."""

@@ -15,6 +15,7 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 
 from fleecer import eager
@@ -22,7 +23,7 @@ from fleecer.block.inflight import InFlight
 from fleecer.block.node import HOLE, ZERO, Extent, Limits, Node, Problem, ReadAtOnce, WriteAtOnce, merge_extents
 from fleecer.errors import IoError, UsageError, quoted, told
 from fleecer.ranges import Buffer
-from fleecer.storage.api import Storage
+from fleecer.storage.api import ReadEnded, Storage
 
 
 class FileNode(Node):
@@ -92,6 +93,17 @@ class FileNode(Node):
             if offset + length > self.size:
                 self._changed(offset + length)
         return done
+
+    def begin_pread(self, offset: int, length: int, ended: ReadEnded) -> bool:
+        """See `Node.begin_pread`."""
+        pooled = self._pooled
+        if pooled.would_wait(offset, length):
+            return False
+        claim = pooled.enter(offset, length)
+        if self.storage.begin_pread(offset, length, functools.partial(pooled.read_ended, claim, ended)):
+            return True
+        pooled.leave(claim)
+        return False
 
     async def pread(self, offset: int, length: int) -> Buffer:
         """See `Node.pread`. Past the end of the file, up to the alignment, there are zeroes."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from fleecer.block.node import ReadAtOnce, WriteAtOnce
 from fleecer.block.nodes.filter import FilterNode
 from fleecer.ranges import Buffer
+from fleecer.storage.api import ReadEnded
 
 
 class RawNode(FilterNode):
@@ -21,6 +22,10 @@ class RawNode(FilterNode):
     async def pread(self, offset: int, length: int) -> Buffer:
         """See `Node.pread`. The door above has tried at once, which is to try the child."""
         return await self.child.pread(offset, length, tried=True)
+
+    def begin_pread(self, offset: int, length: int, ended: ReadEnded) -> bool:
+        """See `Node.begin_pread`."""
+        return self.child.begin_pread(offset, length, ended)
 
     def writer(self) -> WriteAtOnce | None:
         """See `Node.writer`."""

@@ -31,7 +31,8 @@ from typing import Literal
 from fleecer import spares
 from fleecer.errors import IoError
 from fleecer.ranges import Buffer, align_down, align_up, is_zero
-from fleecer.storage.api import StorageLimits
+from fleecer.storage.api import ReadEnded, StorageLimits
+from fleecer.testing.memory import begin
 from fleecer.testing.sim.loop import SimLoop
 
 SECTOR_BYTES = 512
@@ -198,6 +199,11 @@ class SimDisk:
         self._position += 1
         write.ended = self._position
         self.size = max(self.size, end)
+        return True
+
+    def begin_pread(self, offset: int, length: int, ended: ReadEnded) -> bool:
+        """See `Storage.begin_pread`."""
+        begin(self.pread(offset, length), ended)
         return True
 
     async def pread(self, offset: int, length: int) -> Buffer:

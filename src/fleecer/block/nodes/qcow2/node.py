@@ -22,6 +22,7 @@ from fleecer.block.edge import Edge
 from fleecer.block.inflight import InFlight
 from fleecer.block.node import HOLE, ZERO, Extent, Limits, Node, Problem, ReadAtOnce, WriteAtOnce, merge_extents
 from fleecer.block.nodes.qcow2.allocator import Allocator, Run
+from fleecer.block.nodes.qcow2.backing import backing_status, read_backing
 from fleecer.block.nodes.qcow2.commit import Committer
 from fleecer.block.nodes.qcow2.image import Image
 from fleecer.block.nodes.qcow2.metadata import SingleFlight, Slice, SliceCache
@@ -40,6 +41,7 @@ from fleecer.formats.qcow2.tables import (
     join_backing,
 )
 from fleecer.ranges import PIECE_BYTES, Buffer, align_down, align_up, ends_piece, zeroes
+from fleecer.storage.api import ReadEnded
 
 SLICE_BYTES_MAX = 4096
 STATUS_EXTENTS_MAX = 4096
@@ -144,19 +146,27 @@ class Qcow2Node(Node):
         return functools.partial(self._write_at_once, write) if write is not None else None
 
     def _read_at_once(self, read: ReadAtOnce, offset: int, length: int) -> Buffer | None:
-        bits = self._cluster_bits
-        cluster = offset >> bits
+        if not (place := self._place_in_file(offset, length)):
+            return self._read_parts_at_once(read, offset, length)
+        return (
+            read(place, length)
+            if not self._in_flight.would_wait(offset & self._cluster_mask, self._cluster_size)
+            else None
+        )
+
+    def _place_in_file(self, offset: int, length: int) -> int:
+        """Where in the file the range is, if that can be told at first sight, as for most; else 0."""
+        cluster = offset >> self._cluster_bits
         table = self._l1[cluster >> self._l2_bits] & _OTHER_BITS
         slice_ = self._slices.get(table + (cluster << 3 & self._slice_start_mask))
         inner = offset & self._offset_in_cluster
-        if slice_ is not None and inner + length <= self._cluster_size:
-            slice_.used = True
-            host = slice_.data[cluster & self._slice_mask] & _OTHER_BITS
-            end = host + inner + length
-            if host and not (host | table) & self._odd_bits and (end <= self._file_end or self._is_in_file(end)):
-                waits = self._in_flight.would_wait(cluster << bits, self._cluster_size)
-                return read(host + inner, length) if not waits else None
-        return self._read_parts_at_once(read, offset, length)
+        if slice_ is None or inner + length > self._cluster_size:
+            return 0
+        slice_.used = True
+        host = slice_.data[cluster & self._slice_mask] & _OTHER_BITS
+        end = host + inner + length
+        odd = not host or (host | table) & self._odd_bits
+        return host + inner if not odd and (end <= self._file_end or self._is_in_file(end)) else 0
 
     def _read_parts_at_once(self, read: ReadAtOnce, offset: int, length: int) -> Buffer | None:
         """As `_read`, with nothing done where anything of it has to wait."""
@@ -203,6 +213,29 @@ class Qcow2Node(Node):
         if isinstance(plan, Backing) and self._backing is not None:
             return self._backing.try_pread(offset, plan.length)
         return None if isinstance(plan, Compressed) else zeroes(plan.length)
+
+    def begin_pread(self, offset: int, length: int, ended: ReadEnded) -> bool:
+        """See `Node.begin_pread`: a range in a row in the file or in the backing node, whose slices are in memory."""
+        start, stop, _ = self._claim_bounds(offset, length)
+        in_flight = self._in_flight
+        if in_flight.would_wait(start, stop - start):
+            return False
+        child, place = self._file, self._place_in_file(offset, length)
+        if not place:
+            plans = self._plan_at_once(offset, length)
+            if plans is None or len(plans) != 1:
+                return False
+            if isinstance(plan := plans[0], Data):
+                place = plan.host_offset
+            elif isinstance(plan, Backing) and self._backing is not None:
+                child, place = self._backing, offset
+            else:
+                return False
+        claim = in_flight.enter(start, stop - start)
+        if child.begin_pread(place, length, functools.partial(in_flight.read_ended, claim, ended)):
+            return True
+        in_flight.leave(claim)
+        return False
 
     def _write_at_once(self, write: WriteAtOnce, offset: int, data: Buffer) -> bool:
         image, bits = self._image, self._cluster_bits
@@ -329,7 +362,7 @@ class Qcow2Node(Node):
             extents: list[Extent] = []
             for plan in await self._plan(offset, length, STATUS_ENTRIES_MAX):
                 if isinstance(plan, Backing):
-                    extents.extend(await self._backing_status(offset, plan.length))
+                    extents.extend(await backing_status(self._backing, offset, plan.length, STATUS_EXTENTS_MAX))
                 elif isinstance(plan, Zero):
                     extents.append(Extent(plan.length, ZERO if plan.allocated else HOLE | ZERO))
                 else:
@@ -438,25 +471,7 @@ class Qcow2Node(Node):
             return zeroes(plan.length)
         if isinstance(plan, Compressed):
             return await self._image.read_compressed(plan)
-        backed = 0 if self._backing is None else min(max(self._backing.size - offset, 0), plan.length)
-        if not backed or self._backing is None:
-            return zeroes(plan.length)
-        data = await self._backing.pread(offset, backed)
-        return data if backed == plan.length else b"".join((data, zeroes(plan.length - backed)))
-
-    async def _backing_status(self, offset: int, length: int) -> list[Extent]:
-        backing = self._backing
-        end = offset + length
-        backed_end = min(end, max(backing.size, offset)) if backing is not None else offset
-        extents: list[Extent] = []
-        while backing is not None and offset < backed_end:
-            for extent in await backing.block_status(offset, backed_end - offset):
-                extents.append(extent)
-                offset += extent.length
-            if len(extents) >= STATUS_EXTENTS_MAX:
-                return extents
-        extents.append(Extent(end - offset, HOLE | ZERO))
-        return extents
+        return await read_backing(self._backing, offset, plan.length)
 
     # Writing. The caller holds a claim, alone but for `_write_in_place`.
 

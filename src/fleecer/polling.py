@@ -1,11 +1,13 @@
-"""Staying awake for the next request: a loop that a client will need again at once does not go to sleep.
+"""Staying awake for what comes next: a loop that a client or a disk will need again at once does not go to sleep.
 
 A client that waits for each answer before it asks anew lets the server sleep in between, and to wake a thread takes
 longer than to serve a request: more so in a virtual machine, where an idle processor is the hypervisor's. So for some
 microseconds after each arrival the loop goes round without waiting. Everything else has its turn meanwhile as ever.
+It is the same with a quick disk: what it was asked for comes soon, and then the client asks anew.
 
 Invariants:
-- A spell ends `POLL_S` after the last arrival; then the loop sleeps until something happens.
+- A spell ends `POLL_S` after the last arrival, or `DISK_POLL_S` after a disk was last asked for something; then the
+  loop sleeps until something happens.
 - A spell in which nothing arrived was in vain. After each in a row twice as many arrivals pass, SKIPS_MAX at most,
   before there is another: a client with pauses costs next to nothing.
 - Where we have but one processor there are none: the client needs it to ask.
@@ -21,6 +23,9 @@ from collections.abc import Callable
 
 POLL_S = 50e-6
 """About what waking up takes at worst, so that staying awake costs at most as much as it can save."""
+
+DISK_POLL_S = 200e-6
+"""What a quick disk may take to answer, and a client to ask anew. Slower ones are slept for, as spells are in vain."""
 
 SKIPS_MAX = 64
 
@@ -54,7 +59,12 @@ class Polling:
             self._is_awake = True
             self._arrivals = 0
             self._go_round()
-        self._until_s = self._clock() + POLL_S
+        self._until_s = max(self._until_s, self._clock() + POLL_S)
+
+    def asked(self) -> None:
+        """A disk was asked for something: a spell that is on goes on until it may have come."""
+        if self._is_awake:
+            self._until_s = self._clock() + DISK_POLL_S
 
     def _go_round(self) -> None:
         loop = self._loop()

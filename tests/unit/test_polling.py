@@ -13,8 +13,8 @@ from typing import Any, cast
 import pytest
 
 from fleecer.errors import IoError
-from fleecer.net.polling import POLL_S, SKIPS_MAX, SWITCH_VARIABLE, Polling, polling_of
 from fleecer.net.stream import SocketStream
+from fleecer.polling import DISK_POLL_S, POLL_S, SKIPS_MAX, SWITCH_VARIABLE, Polling, polling_of
 
 
 class Loop:
@@ -63,6 +63,44 @@ def test_each_arrival_keeps_it_awake_longer_by_one_handle() -> None:
         assert len(loop.due) == 1
         loop.turn(POLL_S * 0.9)
     assert loop.is_awake
+
+
+def test_a_spell_goes_on_while_a_disk_may_answer_but_none_begins_for_that() -> None:
+    loop = Loop()
+    loop.polling.asked()
+    assert not loop.due
+    loop.polling.arrived()
+    loop.polling.asked()
+    loop.turn(DISK_POLL_S * 0.9)
+    assert loop.due
+    loop.polling.arrived()  # it has answered
+    loop.turn(POLL_S * 0.9)
+    assert loop.due
+    loop.turn(POLL_S * 0.2)
+    assert not loop.due
+    loop.polling.arrived()
+    assert loop.due, "that spell was not in vain"
+
+
+def test_what_arrives_while_a_disk_is_asked_does_not_cut_the_spell_short() -> None:
+    loop = Loop()
+    loop.polling.arrived()
+    loop.polling.asked()
+    loop.polling.arrived()
+    loop.turn(DISK_POLL_S * 0.9)
+    assert loop.is_awake
+
+
+def test_a_slow_disk_makes_spells_rare() -> None:
+    loop = Loop()
+    awake = 0
+    for _ in range(1000):
+        loop.polling.arrived()
+        loop.polling.asked()
+        awake += loop.is_awake
+        loop.turn(2 * DISK_POLL_S)
+        assert not loop.is_awake
+    assert awake <= 1000 // SKIPS_MAX + 7
 
 
 def test_spells_in_vain_become_rare_until_one_is_not() -> None:
