@@ -12,13 +12,10 @@ MUTANTS = [
         "begun-read-not-counted",
         _EDGE,
         """
-            return False
-        self.busy += 1
-        return True
+        self.busy += begun
 """,
         """
-            return False
-        return True
+        self.busy += 0
 """,
         "a drain waits for the reads that were begun",
         tests=("tests/unit/block/test_at_once.py::test_a_read_that_was_begun_holds_a_drain_up_until_it_has_ended",),

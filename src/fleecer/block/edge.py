@@ -97,21 +97,26 @@ class Edge:
 
     def try_pread(self, offset: int, length: int) -> Buffer | None:
         """As `pread`, if that can be done at once; None, with nothing done, if not, or if it is to be refused."""
-        node = self._node
-        if (
-            self._gate is not None
-            or not self._plain
-            or offset < 0
-            or length <= 0
-            or offset + length > node.size
-            or length > node.limits.transfer_max_bytes
-        ):
+        if not self._takes_read(offset, length):
             return None
+        node = self._node
         read = node.reader()
         data = read(offset, length) if read is not None else None
         if data is not None and node.check is not None:
             node.check()
         return data
+
+    def _takes_read(self, offset: int, length: int) -> bool:
+        """Whether the node can be handed that as it is, and now."""
+        node = self._node
+        return (
+            self._gate is None
+            and self._plain
+            and offset >= 0
+            and length > 0
+            and offset + length <= node.size
+            and length <= node.limits.transfer_max_bytes
+        )
 
     def try_pwrite(self, offset: int, data: Buffer) -> bool:
         """As `pwrite`, if that can be done at once; False, with nothing done, if not, or if it is to be refused."""
@@ -150,19 +155,11 @@ class Edge:
 
         False, with nothing done, if not, or if it is to be refused.
         """
-        node = self._node
-        if (
-            self._gate is not None
-            or not self._plain
-            or offset < 0
-            or length <= 0
-            or offset + length > node.size
-            or length > node.limits.transfer_max_bytes
-            or not node.begin_pread(offset, length, functools.partial(self._pread_ended, ended))
-        ):
+        if not self._takes_read(offset, length):
             return False
-        self.busy += 1
-        return True
+        begun = self._node.begin_pread(offset, length, functools.partial(self._pread_ended, ended))
+        self.busy += begun
+        return begun
 
     def _pread_ended(self, ended: ReadEnded, data: Buffer, error: Exception | None) -> None:
         if error is None and self._node.check is not None:

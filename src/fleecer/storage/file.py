@@ -34,7 +34,7 @@ from fleecer.errors import CannotOpen, IoError, UsageError, quoted
 from fleecer.ranges import Buffer, align_down, align_up
 from fleecer.storage import fallocate
 from fleecer.storage.api import ReadEnded, StorageLimits
-from fleecer.storage.lanes import Lane, Result
+from fleecer.storage.lanes import Lane, Result, settle, tell
 from fleecer.storage.locks import lock_image
 from fleecer.storage.paths import identity_of, open_unnamed, sync_directory
 from fleecer.storage.pool import running_pool
@@ -254,9 +254,9 @@ class FileStorage:
         return True
 
     def _find_ring(self) -> Ring | None:
+        pool = running_pool()
+        self._disk = pool.disk(self._device)
         if self._has_missed:
-            pool = running_pool()
-            self._disk = pool.disk(self._device)
             self._ring = pool.ring()
         return self._ring
 
@@ -270,11 +270,7 @@ class FileStorage:
 
     def _thread_ended(self, ended: ReadEnded, read: asyncio.Future[Buffer]) -> None:
         self._end_read()
-        error = read.exception()
-        if isinstance(error, Exception):
-            ended(b"", error)
-        else:
-            ended(read.result(), None)
+        tell(ended, read)
 
     def _end_read(self) -> None:
         self._reading -= 1
@@ -284,17 +280,14 @@ class FileStorage:
         """See `Storage.pread`."""
         if self._ring or self._find_ring():
             result = Result[Buffer](loop=asyncio.get_running_loop())
-            if self.begin_pread(offset, length, functools.partial(_settle, result)):
+            if self.begin_pread(offset, length, functools.partial(settle, result)):
                 return await result
         if self._skips:
             self._skips -= 1
-        pool = running_pool()
-        if self._disk is _NO_DISK:
-            self._disk = pool.disk(self._device)
         self._reading += 1
         self._disk.begin()
         try:
-            return await pool.submit(self._lane, self._pread, offset, length, self.size)
+            return await running_pool().submit(self._lane, self._pread, offset, length, self.size)
         finally:
             self._end_read()
 
@@ -454,13 +447,6 @@ class FileStorage:
             os.ftruncate(self._fd, size)
         except OSError as error:
             raise self._failed(error, f"resize to {size} bytes", 0, 0) from error
-
-
-def _settle(result: asyncio.Future[Buffer], data: Buffer, error: Exception | None) -> None:
-    if error is None:
-        result.set_result(data)
-    else:
-        result.set_exception(error)
 
 
 async def open_file(

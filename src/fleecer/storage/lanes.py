@@ -1,4 +1,5 @@
-"""What the pool's threads and the ring share: how much of them one customer gets, and results that nobody cancels."""
+"""What the pool's threads and the ring share: how much of them one customer gets, results that nobody cancels,
+and how the end of a read is handed on."""
 
 from __future__ import annotations
 
@@ -6,9 +7,29 @@ import asyncio
 import collections
 from typing import Any, TypeVar
 
+from fleecer.ranges import Buffer
+from fleecer.storage.api import ReadEnded
+
 LANE_LIMIT = 8
 
 T = TypeVar("T")
+
+
+def settle(result: asyncio.Future[Buffer], data: Buffer, error: Exception | None) -> None:
+    """A `ReadEnded` for whoever waits: completes `result`, the first argument bound before."""
+    if error is None:
+        result.set_result(data)
+    else:
+        result.set_exception(error)
+
+
+def tell(ended: ReadEnded, read: asyncio.Future[Buffer]) -> None:
+    """The other way round, for a read that is done: tells `ended`."""
+    error = read.exception()
+    if isinstance(error, Exception):
+        ended(b"", error)
+    else:
+        ended(read.result(), None)
 
 
 class Result(asyncio.Future[T]):

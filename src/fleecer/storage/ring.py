@@ -18,7 +18,6 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -81,8 +80,7 @@ class Ring:
     """The kernel's queues of one event loop; see `open_ring`."""
 
     def __init__(self, ring: uring_api.Ring) -> None:
-        # The loop owns the ring, and goes away with it.
-        self._loop = weakref.ref(loop := asyncio.get_running_loop())
+        loop = asyncio.get_running_loop()  # not kept here: it owns the ring, and goes away with it
         self._ring = ring
         self._polling = polling_of(loop)
         self._running = 0
@@ -130,8 +128,7 @@ class Ring:
         self._running += 1
         if not self._is_turn_due:
             self._is_turn_due = True
-            if (loop := self._loop()) is not None:
-                loop.call_soon(self._turn)
+            asyncio.get_running_loop().call_soon(self._turn)
 
     def _turn(self) -> None:
         """Hands the kernel what was begun, hands out what is done, and begins what waited for that."""

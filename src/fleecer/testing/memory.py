@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import errno as _errno
+import functools
 import itertools
 import random
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
@@ -18,6 +19,7 @@ from fleecer.block.nodes.file import FileNode
 from fleecer.errors import IoError
 from fleecer.ranges import Buffer, align_down, align_up, is_zero
 from fleecer.storage.api import ReadEnded, Storage, StorageLimits
+from fleecer.storage.lanes import tell
 
 Pause = Callable[[], Awaitable[None]]
 StorageOperation = Literal["read", "write", "write zeroes", "discard", "flush", "block status", "resize"]
@@ -41,15 +43,7 @@ def random_turns(seed: int, turns_max: int = 3) -> Pause:
 
 def begin(read: Coroutine[Any, Any, Buffer], ended: ReadEnded) -> None:
     """Lets a read go on by itself, and tells `ended` of its end, as `Storage.begin_pread` does."""
-
-    def tell(task: asyncio.Task[Buffer]) -> None:
-        error = task.exception()
-        if isinstance(error, Exception):
-            ended(b"", error)
-        else:
-            ended(task.result(), None)
-
-    asyncio.get_running_loop().create_task(read).add_done_callback(tell)
+    asyncio.get_running_loop().create_task(read).add_done_callback(functools.partial(tell, ended))
 
 
 class MemoryStorage:

@@ -30,6 +30,7 @@ from fleecer.formats.qcow2.create import create_image
 from fleecer.jobs import BackupJob, BackupRequest, JobTable, start_backups
 from fleecer.net.nbd_client import NbdClient
 from fleecer.ranges import Buffer
+from fleecer.storage.lanes import Result, settle
 from fleecer.testing.sim.disk import STALL_S, Faults, Latency, SimDisk
 from fleecer.testing.sim.loop import SimLoop
 from fleecer.testing.sim.oracle import SECTOR_BYTES, Change, History, SnapshotOracle, Violation, stamp
@@ -493,17 +494,8 @@ class World:
 async def _read(door: Edge, first: int, end: int) -> bytes:
     """Reads sectors; some as a connection does it, which begins them without a coroutine where that can be."""
     offset, length = first * SECTOR_BYTES, (end - first) * SECTOR_BYTES
-    outcome: asyncio.Future[Buffer] = asyncio.get_running_loop().create_future()
-
-    def ended(data: Buffer, error: Exception | None) -> None:
-        if outcome.done():  # whoever waited was cancelled
-            return
-        if error is None:
-            outcome.set_result(data)
-        else:
-            outcome.set_exception(error)
-
-    if first % 2 and door.begin_pread(offset, length, ended):
+    outcome = Result[Buffer](loop=asyncio.get_running_loop())
+    if first % 2 and door.begin_pread(offset, length, functools.partial(settle, outcome)):
         return bytes(await outcome)
     return bytes(await door.pread(offset, length))
 
