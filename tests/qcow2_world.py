@@ -85,8 +85,8 @@ class HeldStorage(MemoryStorage):
         self.holds.append(Hold(operation, start, end))
         return self.holds[-1]
 
-    def try_pread(self, offset: int, length: int) -> Buffer | None:
-        return None
+    def try_pread_into(self, offset: int, into: memoryview) -> bool:
+        return False
 
     def try_pwrite(self, offset: int, data: Buffer) -> bool:
         return False

@@ -1,4 +1,4 @@
-"""For tests of files: kernels that lack something."""
+"""For tests of storages: reading at once, and kernels that lack something."""
 
 from __future__ import annotations
 
@@ -7,6 +7,15 @@ import os
 from typing import Any
 
 import pytest
+
+from fleecer import spares
+from fleecer.ranges import Buffer
+from fleecer.storage.api import Storage
+
+
+def read_at_once(storage: Storage, offset: int, length: int) -> Buffer | None:
+    """What can be had of a storage without a wait; None where it cannot."""
+    return spares.take_filled(storage.try_pread_into, offset, length)
 
 
 def without_nowait(monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from fleecer.units import MiB
 
 Buffer = bytes | bytearray | memoryview
 """Bytes in memory. Who returns or passes one gives it away: neither side changes it afterwards."""
+
+ReadAtOnce = Callable[[int, memoryview], bool]
+"""Fills the memory with the bytes at an offset if that takes no wait; False, with nothing else done, if it would. What
+the memory holds then, or after a failure, which is raised, is of no use."""
+WriteAtOnce = Callable[[int, Buffer], bool]
+"""Writes the bytes to an offset if that takes no wait; False, with nothing done, if it would. A failure is raised. The
+bytes are the caller's again when it returns."""
 
 ZEROES = bytes(1 * MiB)
 

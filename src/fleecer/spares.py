@@ -18,7 +18,7 @@ from __future__ import annotations
 import mmap
 from typing import TypeGuard
 
-from fleecer.ranges import Buffer
+from fleecer.ranges import Buffer, ReadAtOnce
 from fleecer.units import KiB, MiB
 
 LENGTH_MIN = 64 * KiB
@@ -70,6 +70,15 @@ def give(buffer: Buffer) -> None:
         spares = _kept[length] = []
     if len(spares) * length < KEPT_MAX_BYTES:
         spares.append(buffer)
+
+
+def take_filled(read: ReadAtOnce, offset: int, length: int) -> Buffer | None:
+    """What `read` finds there, in memory of its own; None where it would have to wait."""
+    data = take(length)
+    if read(offset, memoryview(data)):
+        return data
+    give(data)
+    return None
 
 
 def is_spare(buffer: Buffer) -> TypeGuard[memoryview]:

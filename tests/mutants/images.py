@@ -60,8 +60,8 @@ MUTANTS = [
     Mutant(
         "reads-inline-over-a-thread",
         _FILE,
-        "return None if self._pooled.would_wait(offset, length) else self.storage.try_pread(offset, length)",
-        "return self.storage.try_pread(offset, length)",
+        "return not self._pooled.would_wait(offset, len(into)) and self.storage.try_pread_into(offset, into)",
+        "return self.storage.try_pread_into(offset, into)",
         "nothing is read inline on a range that a thread is changing",
     ),
     Mutant(

@@ -6,6 +6,7 @@ _BACKUP = "jobs/backup.py"
 _CONNECTION = "export/connection.py"
 _EXPORT = "export/export.py"
 _NBD = "block/nodes/nbd.py"
+_NBD_SERVER = "wire/nbd/server.py"
 _EAGER = "eager.py"
 _SERVER = "export/server.py"
 
@@ -116,6 +117,49 @@ MUTANTS = [
         "what reads and writes at once is found anew after a request that may have changed it",
         # It takes two requests in one piece, of which the first has to wait: the simulation's guests ask one by one.
         tests=("tests/unit/export/test_at_once.py::test_what_is_done_at_once_waits_for_what_was_asked_before_it",),
+    ),
+    Mutant(
+        "replies-in-a-row-given-back-while-queued",
+        _CONNECTION,
+        """
+        if not self.stream.queued_bytes:
+            spares.give(replies)
+        else:
+""",
+        """
+        spares.give(replies)
+        if self.stream.queued_bytes:
+""",
+        "no buffer is used again before the kernel has taken it",
+        tests=("tests/unit/export/test_at_once.py::test_short_replies_that_a_client_has_not_read_yet_do_not_change",),
+    ),
+    Mutant(
+        "failure-at-once-not-answered",
+        _CONNECTION,
+        """
+        if at_once.failed is not None:
+            self._fail(*at_once.failed)
+""",
+        "",
+        "every request gets one final reply, also one that failed at once",
+        # The simulation's guests write one by one, and with its faults they mostly have to wait.
+        tests=(
+            "tests/unit/export/test_at_once.py::test_a_write_that_fails_at_once_is_answered_so_and_those_around_it_are_done",
+        ),
+    ),
+    Mutant(
+        "done-at-once-whoever-comes-before",
+        _NBD_SERVER,
+        """
+                    if not write(offset, view[data_start:data_end]):
+                        break
+""",
+        """
+                    if not write(offset, view[data_start:data_end]):
+                        start = data_end
+                        continue
+""",
+        "every request is answered, also one that is not done at once",
     ),
     Mutant(
         "requests-behind-a-long-read-lost",

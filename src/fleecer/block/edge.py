@@ -20,9 +20,10 @@ import errno
 import functools
 from collections.abc import Iterator
 
-from fleecer.block.node import Extent, Node, ReadAtOnce, WriteAtOnce, merge_extents
+from fleecer import spares
+from fleecer.block.node import Extent, Node, merge_extents
 from fleecer.errors import FleecerError, IoError, PermissionConflict, quoted
-from fleecer.ranges import Buffer, align_down, align_up
+from fleecer.ranges import Buffer, ReadAtOnce, WriteAtOnce, align_down, align_up
 from fleecer.storage.api import ReadEnded
 from fleecer.waiters import Waiters
 
@@ -97,14 +98,20 @@ class Edge:
 
     def try_pread(self, offset: int, length: int) -> Buffer | None:
         """As `pread`, if that can be done at once; None, with nothing done, if not, or if it is to be refused."""
-        if not self._takes_read(offset, length):
-            return None
+        return spares.take_filled(self._fill, offset, length) if self._takes_read(offset, length) else None
+
+    def try_pread_into(self, offset: int, into: memoryview) -> bool:
+        """As `try_pread`, into memory of the caller's; see `ReadAtOnce`."""
+        return self._takes_read(offset, len(into)) and self._fill(offset, into)
+
+    def _fill(self, offset: int, into: memoryview) -> bool:
         node = self._node
         read = node.reader()
-        data = read(offset, length) if read is not None else None
-        if data is not None and node.check is not None:
+        if read is None or not read(offset, into):
+            return False
+        if node.check is not None:
             node.check()
-        return data
+        return True
 
     def _takes_read(self, offset: int, length: int) -> bool:
         """Whether the node can be handed that as it is, and now."""
@@ -136,7 +143,7 @@ class Edge:
         return write is not None and write(offset, data)
 
     def reader(self) -> ReadAtOnce | None:
-        """As `try_pread`, for many requests in a row, which are inside the node and its limits; see `Node.reader`."""
+        """As `try_pread_into`, for many requests in a row, inside the node and its limits; see `Node.reader`."""
         node = self._node
         if self._gate is not None or not self._plain or node.check is not None:
             return None

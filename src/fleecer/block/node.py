@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from fleecer.block.inflight import InFlight
-from fleecer.ranges import Buffer
+from fleecer.ranges import Buffer, ReadAtOnce, WriteAtOnce
 from fleecer.storage.api import ReadEnded
 from fleecer.units import MiB
 
@@ -33,12 +33,6 @@ HOLE = 1
 """Status flag: nothing is allocated there, a write may need space (NBD base:allocation, NBD_STATE_HOLE)."""
 ZERO = 2
 """Status flag: reads as zeroes (NBD base:allocation, NBD_STATE_ZERO)."""
-
-
-ReadAtOnce = Callable[[int, int], Buffer | None]
-"""As `Node.pread`, if that can be done at once; None, with nothing done, if it would have to wait."""
-WriteAtOnce = Callable[[int, Buffer], bool]
-"""As `Node.pwrite`, if that can be done at once; False, with nothing done, if it had to wait. A failure is raised."""
 
 
 class Extent(NamedTuple):

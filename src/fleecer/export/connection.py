@@ -3,8 +3,9 @@
 Invariants:
 - Every request gets exactly one final reply. One that ends without it, or with an answer that does not fit it, is
   answered EIO and logged as a bug; with `Server.raise_internal_errors` the loop's exception handler hears of it.
-- Replies made in one turn leave in one send. No request spans a send: a client that does not read holds no claim. Nor
-  does a long read, each part of which is a request here; what of it has no room waits, in its place among the requests.
+- Replies made in one turn leave in one send, but for those to what was done at once, which go before. No request
+  spans a send: a client that does not read holds no claim. Nor does a long read, each part of which is a request here;
+  what of it has no room waits, in its place among the requests.
 - Memory is bounded: no request starts while `IN_FLIGHT_BYTES_MAX` bytes are in flight, or `QUEUED_BYTES_MAX` unsent.
 - A connection that ends waits for its requests in flight; their replies are dropped, their effects are not.
 - Who asks for much has turns: after `TURN_BYTES` of replies others go first, and in each turn of the event loop one
@@ -28,7 +29,7 @@ from fleecer.net.stream import Stream
 from fleecer.ranges import Buffer, is_zero
 from fleecer.units import KiB, MiB
 from fleecer.waiters import Waiters
-from fleecer.wire.nbd import Request, ServerCodec
+from fleecer.wire.nbd import AtOnce, Request, ServerCodec
 from fleecer.wire.nbd.constants import CMD_BLOCK_STATUS, CMD_READ, CMD_WRITE, EXTENT
 
 if TYPE_CHECKING:
@@ -44,8 +45,6 @@ TURN_BYTES = 256 * KiB
 PART_BYTES = 512 * KiB
 """Longer reads are answered in parts of this length, where the client allows it. Memory for one is small enough to be
 in the processor's cache when it is sent, and soon used again; others have their turn in between."""
-_REQUEST_BYTES = 4 * KiB
-"""What a request counts for in a turn besides what is read for it."""
 _STATUS_BYTES = 1 * MiB
 """What the answer to a block-status request may take in memory."""
 
@@ -62,6 +61,7 @@ class Connection:
         self._server = server
         self._codec = ServerCodec(server.catalogue(self))
         self._waiting: collections.deque[Request] = collections.deque()  # parsed, not started
+        self._at_once = AtOnce()
         self._in_flight = 0  # started, and not ended at once
         self._in_flight_bytes = 0
         self._ready_bytes = 0  # what the replies in the codec's `outgoing` took
@@ -90,15 +90,24 @@ class Connection:
 
     def received(self, count: int) -> None:
         """Parses what came and runs it, as far as the limits allow."""
-        requests = self._codec.received(count)
+        at_once = self._prepare_at_once()
+        requests = self._codec.received(count, at_once)
+        done = bytes_read = 0
+        while at_once is not None and at_once.replies is not None:
+            done += at_once.reads + at_once.writes
+            bytes_read += at_once.bytes_read
+            self._send_done(at_once, at_once.replies)
+            if at_once.is_full:
+                requests = self._codec.received(0, at_once)
         if self._waiting:
             self._waiting.extend(requests)
-        elif requests:
-            self._run(requests)
-            if self._ready_bytes >= TURN_BYTES:
+        elif requests or done:
+            if requests:
+                self._run(requests, bytes_read + done * AtOnce.REQUEST_BYTES)
+            if bytes_read + self._ready_bytes >= TURN_BYTES:
                 self._server.note_turn()
             elif not self._waiting:
-                self._server.note_little(self, len(requests))
+                self._server.note_little(self, done + len(requests))
         self._send()
         if self._codec.finished:
             self._finish()
@@ -118,7 +127,45 @@ class Connection:
 
     # Requests.
 
-    def _run(self, requests: list[Request]) -> None:
+    def _prepare_at_once(self) -> AtOnce | None:
+        """What does requests before anything else is done with them; None where they have to wait for others."""
+        export = self.export
+        if export is None or self._waiting or self._refusing or self._holds_enough():
+            return None
+        at_once = self._at_once
+        at_once.read, at_once.write = export.at_once()
+        at_once.left_bytes = self._server.turn_bytes
+        return at_once if at_once.read is not None or at_once.write is not None else None
+
+    def _holds_enough(self) -> bool:
+        """Whether nothing more is to be begun until something of what we hold has ended."""
+        return (
+            self._in_flight_bytes > IN_FLIGHT_BYTES_MAX
+            or self._in_flight >= IN_FLIGHT_MAX
+            or self.stream.queued_bytes > QUEUED_BYTES_MAX
+        )
+
+    def _send_done(self, at_once: AtOnce, replies: Buffer) -> None:
+        """Sends the replies to what was done in a pass, and takes note of it."""
+        export = self.export
+        assert export is not None, "requests come only after an export was entered"
+        export.reads += at_once.reads
+        export.bytes_read += at_once.bytes_read
+        export.writes += at_once.writes
+        export.bytes_written += at_once.bytes_written
+        at_once.replies = None
+        if at_once.filled:
+            self.stream.send([memoryview(replies)[: at_once.filled]])
+        if not self.stream.queued_bytes:
+            spares.give(replies)
+        else:
+            self._sending.append((self.stream.sent_bytes, replies))
+            if self._holds_enough():
+                at_once.left_bytes = 0
+        if at_once.failed is not None:
+            self._fail(*at_once.failed)
+
+    def _run(self, requests: list[Request], used_bytes: int = 0) -> None:
         """Answers what needs no wait; starts the rest.
 
         Most requests are read or written by a single call, and cost no coroutine. Nothing else runs between them, so
@@ -129,16 +176,12 @@ class Connection:
         read, write = (None, None) if self._refusing else export.at_once()
         turn_bytes = self._server.turn_bytes
         for index, request in enumerate(requests):
-            if self._ready_bytes + index * _REQUEST_BYTES >= turn_bytes:
+            if used_bytes + self._ready_bytes + index * AtOnce.REQUEST_BYTES >= turn_bytes:
                 self._send()
                 self._leave(requests[index:])
                 self._await_turn()
                 break
-            if (
-                self._in_flight_bytes > IN_FLIGHT_BYTES_MAX
-                or self._in_flight >= IN_FLIGHT_MAX
-                or self.stream.queued_bytes > QUEUED_BYTES_MAX
-            ):
+            if self._holds_enough():
                 self._leave(requests[index:])
                 break
             length = 0 if request.error else request.length
@@ -151,7 +194,7 @@ class Connection:
                 continue
             try:
                 if length and request.command == CMD_READ and read is not None:
-                    data = read(request.offset, length)
+                    data = spares.take_filled(read, request.offset, length)
                     if data is not None:
                         export.reads += 1
                         export.bytes_read += length

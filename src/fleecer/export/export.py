@@ -10,9 +10,9 @@ import errno
 from collections.abc import Awaitable, Callable, Mapping
 
 from fleecer.block.edge import Edge
-from fleecer.block.node import Extent, ReadAtOnce, WriteAtOnce
+from fleecer.block.node import Extent
 from fleecer.errors import FleecerError, IoError
-from fleecer.ranges import Buffer
+from fleecer.ranges import Buffer, ReadAtOnce, WriteAtOnce
 from fleecer.units import KiB, MiB
 from fleecer.wire.nbd import ExportInfo, Request
 from fleecer.wire.nbd.constants import (

@@ -5,9 +5,9 @@ Invariants that every storage keeps:
 - A storage that ends before `size`, because somebody else cut it short, fails what reads there; it invents no zeroes.
 - What a read returns is private; what a write is given is not kept after the call.
 - Every failure is an `IoError` that names the storage, with the `OSError` as its cause where there was one.
-- `try_pread` and `try_pwrite` never wait for long. They promise nothing about requests of the same storage that are in
-  flight elsewhere: the caller reads only where no asynchronous change overlaps the range, and writes only where no
-  asynchronous request does.
+- `try_pread_into` and `try_pwrite` never wait for long. They promise nothing about requests of the same storage that
+  are in flight elsewhere: the caller reads only where no asynchronous change overlaps the range, and writes only where
+  no asynchronous request does.
 - An asynchronous operation ends before its caller hears of a cancel: afterwards nothing of it is still under way.
 """
 
@@ -69,8 +69,11 @@ class Storage(Protocol):
     @property
     def limits(self) -> StorageLimits: ...
 
-    def try_pread(self, offset: int, length: int) -> Buffer | None:
-        """`length` bytes at `offset` if they can be had at once, else None: use `pread`."""
+    def try_pread_into(self, offset: int, into: memoryview) -> bool:
+        """Fills `into` with the bytes at `offset` if they can be had at once; else False, and no matter what is in it.
+
+        Then use `pread`.
+        """
 
     def try_pwrite(self, offset: int, data: Buffer) -> bool:
         """Writes `data` and returns True, or returns False: use `pwrite`, which writes all of it (again)."""

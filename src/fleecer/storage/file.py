@@ -193,26 +193,25 @@ class FileStorage:
 
     # On the event loop.
 
-    def try_pread(self, offset: int, length: int) -> Buffer | None:
-        """See `Storage.try_pread`."""
+    def try_pread_into(self, offset: int, into: memoryview) -> bool:
+        """See `Storage.try_pread_into`."""
         flags = self._inline_read_flags
+        length = len(into)
         if flags is None or self._skips or length > INLINE_MAX_BYTES or not self._disk.may_try:
-            return None
-        data = bytearray(length) if length < spares.LENGTH_MIN else spares.take(length)
+            return False
         try:
-            if os.preadv(self._fd, (data,), offset, flags) == length:
+            if os.preadv(self._fd, (into,), offset, flags) == length:
                 self._skips_next = 1
-                return data
+                return True
         except OSError as error:
             if error.errno == errno.EOPNOTSUPP and flags:
                 self._inline_read_flags = 0 if fallocate.is_in_memory(self._fd) else None
-                return self.try_pread(offset, length)
+                return self.try_pread_into(offset, into)
         # Not cached, only partly cached, past the end, or failing: `pread` finds out which.
-        spares.give(data)
         self._skips = self._skips_next
         self._has_missed = flags != 0
         self._disk.missed()
-        return None
+        return False
 
     def try_pwrite(self, offset: int, data: Buffer) -> bool:
         """See `Storage.try_pwrite`."""

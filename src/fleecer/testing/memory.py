@@ -71,11 +71,13 @@ class MemoryStorage:
         self.pause = pause
         self.sync_count = 0
 
-    def try_pread(self, offset: int, length: int) -> Buffer | None:
-        """See `Storage.try_pread`: None where the range passes the end, and always with a pause."""
-        if self.pause is not None or offset + length > len(self.data):
-            return None
-        return self.data[offset : offset + length]
+    def try_pread_into(self, offset: int, into: memoryview) -> bool:
+        """See `Storage.try_pread_into`: False where the range passes the end, and always with a pause."""
+        end = offset + len(into)
+        if self.pause is not None or end > len(self.data):
+            return False
+        into[:] = self.data[offset:end]
+        return True
 
     def try_pwrite(self, offset: int, data: Buffer) -> bool:
         """See `Storage.try_pwrite`: False with a pause."""
@@ -249,11 +251,11 @@ class FaultyStorage:
         """As `inner`."""
         return self.inner.limits
 
-    def try_pread(self, offset: int, length: int) -> Buffer | None:
-        """None while reads may fail, so that `pread` has the say."""
+    def try_pread_into(self, offset: int, into: memoryview) -> bool:
+        """False while reads may fail, so that `pread` has the say."""
         if any(failure.operation == "read" for failure in self.failures):
-            return None
-        return self.inner.try_pread(offset, length)
+            return False
+        return self.inner.try_pread_into(offset, into)
 
     def try_pwrite(self, offset: int, data: Buffer) -> bool:
         """False while writes may fail, so that `pwrite` has the say."""

@@ -38,8 +38,8 @@ class StuckStorage(FaultyStorage):
     def try_pwrite(self, offset: int, data: Buffer) -> bool:
         return False
 
-    def try_pread(self, offset: int, length: int) -> Buffer | None:
-        return None
+    def try_pread_into(self, offset: int, into: memoryview) -> bool:
+        return False
 
     async def pwrite(self, offset: int, data: Buffer) -> None:
         self.busy.set()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import socket
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,12 +16,15 @@ from tests.serving_world import Client, turns
 from fleecer import spares
 from fleecer.block.edge import Edge
 from fleecer.block.nodes.file import FileNode
+from fleecer.errors import IoError
 from fleecer.export import Export, Server
-from fleecer.export.connection import QUEUED_BYTES_MAX
+from fleecer.export.connection import QUEUED_BYTES_MAX, Connection
+from fleecer.export.server import WAY_TURN_BYTES
 from fleecer.net.stream import SocketStream
 from fleecer.ranges import Buffer
-from fleecer.storage.file import open_file
+from fleecer.storage.file import FileStorage, open_file
 from fleecer.units import KiB
+from fleecer.wire.nbd import AtOnce
 
 BLOCK = 256 * KiB
 BLOCKS = 48
@@ -169,3 +174,103 @@ async def test_what_is_done_at_once_waits_for_what_was_asked_before_it(
     client.send()
     assert (await client.reply(read)).data == data, "a thread was writing that range"
     assert not (await client.reply(written)).error
+
+
+async def test_short_replies_that_a_client_has_not_read_yet_do_not_change(world: World) -> None:
+    slow, quick = await world.client(), await world.client()
+    slow.stream.pause()
+    cookies = []
+    for number in range(BLOCKS):  # until the kernel takes no more, and a while longer
+        cookies += [slow.codec.read(number * BLOCK + at, 4 * KiB) for at in range(0, BLOCK, 4 * KiB)]
+        slow.send()
+        await turns(2)
+        for at in range(0, 64 * KiB, 4 * KiB):
+            quick.codec.read((BLOCKS - 1) * BLOCK + at, 4 * KiB)
+        quick.send()
+        await turns(2)
+    server_end = next(one for one in world.server.clients() if one.stream.queued_bytes)
+    assert server_end.stream.queued_bytes <= QUEUED_BYTES_MAX + AtOnce.REPLIES_BYTES
+    slow.stream.resume()
+    for index, cookie in enumerate(cookies):
+        number = index * 4 * KiB // BLOCK
+        assert (await slow.reply(cookie)).data == block(number)[: 4 * KiB], f"a reply from block {number}"
+
+
+async def test_a_write_that_fails_at_once_is_answered_so_and_those_around_it_are_done(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = world.edge.node.storage  # type: ignore[attr-defined]
+    real = type(storage).try_pwrite
+    tries = 0
+
+    def failing(self: FileStorage, offset: int, data: Buffer) -> bool:
+        nonlocal tries
+        tries += offset == BLOCK
+        if offset == BLOCK:
+            raise IoError(errno.ENOSPC, self.name, "write", offset, len(data))
+        return bool(real(self, offset, data))
+
+    monkeypatch.setattr(type(storage), "try_pwrite", failing)
+    client = await world.client()
+    new = b"n" * 4 * KiB
+    cookies = [client.codec.write(number * BLOCK, new) for number in range(3)]
+    cookies.append(client.codec.read(2 * BLOCK, 4 * KiB))
+    client.send()
+    async with asyncio.timeout(20):
+        errors = [(await client.reply(cookie)).error for cookie in cookies]
+    assert errors == [0, errno.ENOSPC, 0, 0]
+    assert (await client.reply(cookies[3])).data == new
+    assert tries == 1, "it was tried again"
+    export = world.server.export("disk")
+    assert (export.writes, export.bytes_written) == (2, 8 * KiB)
+    assert (export.reads, export.bytes_read) == (1, 4 * KiB)
+
+
+async def test_what_is_done_at_once_is_no_longer_turn_than_others_have(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = await world.client()
+    export, await_turn = world.server.export("disk"), world.server.await_turn
+    reads: list[int] = []
+
+    def awaits_turn(connection: Connection) -> None:
+        reads.append(export.reads)
+        await_turn(connection)
+
+    monkeypatch.setattr(world.server, "await_turn", awaits_turn)
+    world.server.make_way()
+    cookies = [client.codec.read(number * BLOCK, 4 * KiB) for number in range(BLOCKS)]
+    client.send()
+    for cookie in cookies:
+        assert not (await client.reply(cookie)).error
+    a_turn = WAY_TURN_BYTES // (4 * KiB + AtOnce.REQUEST_BYTES)
+    assert reads == list(range(a_turn, BLOCKS, a_turn))
+
+
+async def test_nothing_is_done_at_once_any_more_when_the_server_stops(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = world.edge.node.storage  # type: ignore[attr-defined]
+    in_a_thread = type(storage)._pwrite
+    go_on = threading.Event()
+
+    def late(self: object, offset: int, data: Buffer) -> None:
+        go_on.wait(30)
+        in_a_thread(self, offset, data)
+
+    monkeypatch.setattr(type(storage), "try_pwrite", lambda *_: False)
+    monkeypatch.setattr(type(storage), "_pwrite", late)
+    client = await world.client()
+    written = client.codec.write(0, b"x")
+    client.send()
+    await turns(3)
+    stopping = asyncio.create_task(world.server.stop())
+    await turns(3)
+    read = client.codec.read(BLOCK, 4 * KiB)
+    client.send()
+    try:
+        assert (await client.reply(read)).error == errno.ESHUTDOWN
+    finally:
+        go_on.set()
+    assert not (await client.reply(written)).error
+    await stopping

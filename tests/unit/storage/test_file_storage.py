@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from tests.open_files import open_files
-from tests.storage_world import without_nowait
+from tests.storage_world import read_at_once, without_nowait
 
 from fleecer.block.nodes.file import FileNode
 from fleecer.errors import FleecerError, IoError, UsageError
@@ -240,7 +240,7 @@ async def test_random_requests_match_a_model(storage: FileStorage) -> None:
                 await storage.zero(offset, length, unmap=step % 2 == 0)
                 model[offset : offset + length] = bytes(length)
             case 3:
-                found = storage.try_pread(offset, length)
+                found = read_at_once(storage, offset, length)
                 assert found is None or found == model[offset : offset + length]
             case 4:
                 assert await storage.pread(offset, length) == model[offset : offset + length]
@@ -259,7 +259,7 @@ async def test_bytes_past_the_end_read_as_zero(storage: FileStorage) -> None:
     await storage.pwrite(0, b"x" * 1000)
     assert await storage.pread(990, 34) == b"x" * 10 + bytes(24)
     assert await storage.pread(5000, 100) == bytes(100)
-    assert storage.try_pread(990, 34) is None, "a short inline read is for the pool to complete"
+    assert read_at_once(storage, 990, 34) is None, "a short inline read is for the pool to complete"
 
 
 async def test_what_somebody_else_cut_off_is_an_error_and_never_zeroes(tmp_path: Path, pool: None) -> None:
@@ -268,7 +268,7 @@ async def test_what_somebody_else_cut_off_is_an_error_and_never_zeroes(tmp_path:
     storage = await open_file(str(path))
     try:
         os.truncate(path, 3000)
-        assert storage.try_pread(2990, 20) is None
+        assert read_at_once(storage, 2990, 20) is None
         text = "the file ends at byte 3000 but had 5000 bytes: it was cut short; restore it from a backup"
         for work in (storage.pread(2990, 20), storage.pread(4000, 2000), storage.extents(2990, 2010)):
             with pytest.raises(IoError, match=text) as caught:
@@ -315,7 +315,7 @@ async def test_short_reads_and_writes_are_continued(
     data = random.Random(2).randbytes(10_000)
     assert storage.try_pwrite(0, data) is False
     await storage.pwrite(77, data)
-    assert storage.try_pread(77, 10_000) is None
+    assert read_at_once(storage, 77, 10_000) is None
     assert await storage.pread(77, 10_000) == data
 
 
@@ -365,7 +365,7 @@ async def test_errors_of_every_operation_name_it_and_its_range(tmp_path: Path) -
     for request, text in requests:
         with pytest.raises(IoError, match=f"^{text} on '{path}': Bad file descriptor"):
             await request
-    assert reader.try_pread(0, 1) is None
+    assert read_at_once(reader, 0, 1) is None
 
 
 # The inline path.
@@ -373,15 +373,15 @@ async def test_errors_of_every_operation_name_it_and_its_range(tmp_path: Path) -
 
 async def test_cached_pages_and_memory_are_read_inline(storage: FileStorage) -> None:
     await storage.pwrite(0, b"x" * SIZE)
-    found = [storage.try_pread(offset, 4096) for offset in range(0, SIZE, 65536)]
+    found = [read_at_once(storage, offset, 4096) for offset in range(0, SIZE, 65536)]
     assert sum(data == b"x" * 4096 for data in found) >= len(found) - 1
-    assert storage.try_pread(0, INLINE_MAX_BYTES + 1) is None
+    assert read_at_once(storage, 0, INLINE_MAX_BYTES + 1) is None
 
 
 async def test_inline_reads_do_not_share_their_buffers(storage: FileStorage) -> None:
     await storage.pwrite(0, b"x" * 8192)
-    one = storage.try_pread(0, 4096) or await storage.pread(0, 4096)
-    two = storage.try_pread(0, 4096) or await storage.pread(0, 4096)
+    one = read_at_once(storage, 0, 4096) or await storage.pread(0, 4096)
+    two = read_at_once(storage, 0, 4096) or await storage.pread(0, 4096)
     await storage.pwrite(0, b"y" * 8192)
     memoryview(two)[:] = b"z" * 4096
     assert one == b"x" * 4096
@@ -398,7 +398,7 @@ async def test_pages_that_are_not_cached_go_to_the_pool(tmp_path: Path, monkeypa
         return real(fd, buffers, offset, flags)
 
     monkeypatch.setattr(os, "preadv", nothing_cached)
-    assert storage.try_pread(0, 4096) is None
+    assert read_at_once(storage, 0, 4096) is None
     assert await storage.pread(0, 4096) == b"x" * 4096
     monkeypatch.undo()
     # And for real, as far as the kernel lets go of the pages.
@@ -417,7 +417,7 @@ async def test_where_the_kernel_knows_no_inline_reads_only_memory_is_read_inline
     asked = without_nowait(monkeypatch)
     monkeypatch.setattr(fallocate, "is_in_memory", lambda fd: in_memory)
     for _ in range(3):
-        assert (storage.try_pread(0, 4096) == b"x" * 4096) is inline
+        assert (read_at_once(storage, 0, 4096) == b"x" * 4096) is inline
     assert asked == [os.RWF_NOWAIT, *([0] * 3 if inline else [])], "it is found out once"
 
 

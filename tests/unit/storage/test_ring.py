@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 import uvloop
-from tests.storage_world import without_nowait
+from tests.storage_world import read_at_once, without_nowait
 
 from fleecer.block.nodes.file import FileNode
 from fleecer.errors import IoError
@@ -432,7 +432,7 @@ def threads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 async def test_what_is_not_cached_is_read_by_the_ring(disk: FileStorage, tries: Tries, threads: list[int]) -> None:
     expected = random.Random(3).randbytes(SIZE)
     for offset in range(0, SIZE, 4096):
-        assert disk.try_pread(offset, 4096) is None
+        assert read_at_once(disk, offset, 4096) is None
         assert await disk.pread(offset, 4096) == expected[offset : offset + 4096]
     assert not threads
     assert await disk.pread(0, RING_MAX_BYTES + 1) == expected[: RING_MAX_BYTES + 1]
@@ -469,7 +469,7 @@ async def test_a_cancelled_waiter_is_told_only_when_the_kernel_has_let_go(
 ) -> None:
     (kernel,) = uring_api.made
     kernel.held = True
-    assert empty.try_pread(0, 4096) is None
+    assert read_at_once(empty, 0, 4096) is None
     waiter = asyncio.create_task(empty.pread(0, 4096))
     await turns(3)
     waiter.cancel()
@@ -483,7 +483,7 @@ async def test_a_cancelled_waiter_is_told_only_when_the_kernel_has_let_go(
 async def test_where_nothing_is_cached_few_reads_are_tried_inline_until_one_is(disk: FileStorage, tries: Tries) -> None:
     async def read() -> None:
         for _ in range(3):  # as many hands as a read goes through
-            if disk.try_pread(0, 4096) is not None:
+            if read_at_once(disk, 0, 4096) is not None:
                 return
         await disk.pread(0, 4096)
 
@@ -496,10 +496,10 @@ async def test_where_nothing_is_cached_few_reads_are_tried_inline_until_one_is(d
         await read()
     assert tries.count >= 100 - SKIPS_MAX
     tries.cached = False
-    assert disk.try_pread(0, 4096) is None
+    assert read_at_once(disk, 0, 4096) is None
     await disk.pread(0, 4096)
     tries.cached = True
-    assert disk.try_pread(0, 4096) is not None, "one miss says nothing of the next read"
+    assert read_at_once(disk, 0, 4096) is not None, "one miss says nothing of the next read"
 
 
 @pytest.mark.parametrize("switch", ["", "off"])
@@ -529,7 +529,7 @@ async def test_a_disk_that_hangs_is_not_asked_more_than_it_takes(
         uring_api.made[0].held = True
 
     async def read(storage: FileStorage, offset: int) -> None:
-        assert storage.try_pread(offset, 4096) is None
+        assert read_at_once(storage, offset, 4096) is None
         assert await storage.pread(offset, 4096) == bytes(4096)
 
     reads = [asyncio.create_task(read(files[number % 3], number % 200 * 4096)) for number in range(2000)]
@@ -550,7 +550,7 @@ async def test_reads_are_tried_inline_again_while_many_go_on_to_end(empty: FileS
     async def reader() -> None:
         nonlocal at_once
         for _ in range(300):
-            if empty.try_pread(0, 4096) is None:
+            if read_at_once(empty, 0, 4096) is None:
                 await empty.pread(0, 4096)
             else:
                 at_once += 1
@@ -629,7 +629,7 @@ async def test_files_in_memory_and_those_without_nowait_are_not_for_the_ring(
     without_nowait(monkeypatch)
     monkeypatch.setattr(fallocate, "is_in_memory", lambda fd: in_memory)
     for offset in (0, SIZE):  # there, and past the end: that is missed too
-        if empty.try_pread(offset, 4096) is None:
+        if read_at_once(empty, offset, 4096) is None:
             await empty.pread(offset, 4096)
     assert not uring_api.made[0].batches
 

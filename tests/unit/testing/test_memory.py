@@ -6,6 +6,7 @@ import asyncio
 import errno
 
 import pytest
+from tests.storage_world import read_at_once
 
 from fleecer.errors import IoError
 from fleecer.storage.api import Storage, StorageLimits
@@ -35,12 +36,12 @@ async def test_a_write_past_the_end_counts_once_all_of_it_is_done() -> None:
 async def test_without_a_pause_everything_is_done_inline() -> None:
     storage = MemoryStorage(4096)
     assert storage.try_pwrite(10, b"abc")
-    assert storage.try_pread(9, 5) == b"\0abc\0"
-    assert storage.try_pread(4090, 100) is None
+    assert read_at_once(storage, 9, 5) == b"\0abc\0"
+    assert read_at_once(storage, 4090, 100) is None
     assert await storage.pread(4090, 100) == bytes(100)
     slow = MemoryStorage(4096, pause=random_turns(1))
     assert not slow.try_pwrite(0, b"x")
-    assert slow.try_pread(0, 1) is None
+    assert read_at_once(slow, 0, 1) is None
     assert slow.data[0] == 0
 
 
@@ -105,14 +106,14 @@ async def test_a_faulty_storage_fails_as_told_and_else_hands_on() -> None:
     def failed(outcomes: list[object]) -> list[bool]:
         return [isinstance(outcome, list) and isinstance(outcome[0], IoError) for outcome in outcomes]
 
-    assert storage.try_pread(0, 1) is None
+    assert read_at_once(storage, 0, 1) is None
     assert storage.try_pwrite(0, b"x") is False
     assert failed(await all_seven()) == [False] * 7
     assert failed(await all_seven()) == [True] * 7
     assert failed(await all_seven()) == [False] * 7
     assert [failure.hits for failure in failures] == [1] * 7
     assert storage.try_pwrite(0, b"y")
-    assert storage.try_pread(0, 1) == b"y"
+    assert read_at_once(storage, 0, 1) == b"y"
 
 
 async def test_a_write_that_fails_half_way_leaves_its_first_bytes() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
+from tests.storage_world import read_at_once
 
 from fleecer.errors import IoError
 from fleecer.testing.sim.disk import PAGE_BYTES, SECTOR_BYTES, STALL_S, Faults, Kind, SimDisk, heavy_tailed
@@ -201,7 +202,7 @@ def test_what_is_done_at_once_is_in_doubt_like_any_other() -> None:
     async def program() -> SimDisk:
         disk = SimDisk(OLD, random.Random(0), record=True, inline=1.0)
         assert disk.try_pwrite(0, NEW)
-        assert disk.try_pread(0, PAGE_BYTES) == NEW
+        assert read_at_once(disk, 0, PAGE_BYTES) == NEW
         return disk
 
     assert {OLD, NEW} < states(simulate(program()))

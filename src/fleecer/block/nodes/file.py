@@ -20,9 +20,9 @@ import os
 
 from fleecer import eager
 from fleecer.block.inflight import InFlight
-from fleecer.block.node import HOLE, ZERO, Extent, Limits, Node, Problem, ReadAtOnce, WriteAtOnce, merge_extents
+from fleecer.block.node import HOLE, ZERO, Extent, Limits, Node, Problem, merge_extents
 from fleecer.errors import IoError, UsageError, quoted, told
-from fleecer.ranges import Buffer
+from fleecer.ranges import Buffer, ReadAtOnce, WriteAtOnce
 from fleecer.storage.api import ReadEnded, Storage
 
 
@@ -70,14 +70,14 @@ class FileNode(Node):
 
     def reader(self) -> ReadAtOnce | None:
         """See `Node.reader`."""
-        return self._read_at_once if self._pooled.changing() else self.storage.try_pread
+        return self._read_at_once if self._pooled.changing() else self.storage.try_pread_into
 
     def writer(self) -> WriteAtOnce | None:
         """See `Node.writer`."""
         return self._write_at_once
 
-    def _read_at_once(self, offset: int, length: int) -> Buffer | None:
-        return None if self._pooled.would_wait(offset, length) else self.storage.try_pread(offset, length)
+    def _read_at_once(self, offset: int, into: memoryview) -> bool:
+        return not self._pooled.would_wait(offset, len(into)) and self.storage.try_pread_into(offset, into)
 
     def _write_at_once(self, offset: int, data: Buffer) -> bool:
         length = len(data)

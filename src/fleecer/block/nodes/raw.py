@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from fleecer.block.node import ReadAtOnce, WriteAtOnce
 from fleecer.block.nodes.filter import FilterNode
-from fleecer.ranges import Buffer
+from fleecer.ranges import Buffer, ReadAtOnce, WriteAtOnce
 from fleecer.storage.api import ReadEnded
 
 

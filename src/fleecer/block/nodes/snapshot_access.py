@@ -14,13 +14,12 @@ import asyncio
 import errno
 from typing import NamedTuple
 
-from fleecer import spares
 from fleecer.block.copier import FREEZE_MAX_BYTES, Copier, Snapshot
 from fleecer.block.edge import Edge
 from fleecer.block.inflight import InFlight
-from fleecer.block.node import HOLE, ZERO, Extent, Limits, Node, ReadAtOnce, merge_extents
+from fleecer.block.node import HOLE, ZERO, Extent, Limits, Node, merge_extents
 from fleecer.errors import IoError
-from fleecer.ranges import PIECE_BYTES, Buffer, align_down, align_up, ends_piece
+from fleecer.ranges import PIECE_BYTES, Buffer, ReadAtOnce, align_down, align_up, ends_piece
 
 _STATUS_RUNS_MAX = 64
 """Runs told of at once: each is little work, but there may be thousands of them."""
@@ -63,26 +62,20 @@ class SnapshotAccessNode(Node):
         """See `Node.reader`. What is over at once needs no frozen range."""
         return self._read_at_once if self._in_flight is None else None
 
-    def _read_at_once(self, offset: int, length: int) -> Buffer | None:
+    def _read_at_once(self, offset: int, into: memoryview) -> bool:
+        length = len(into)
         holder, run = self._locate(offset, length)
         if run == length:
-            return self._side(holder).try_pread(offset, length)
+            return self._side(holder).try_pread_into(offset, into)
         if length > PIECE_BYTES:
-            return None
-        data = spares.take(length)
+            return False
         position = 0
-        while True:
-            run = min(run, spares.LENGTH_MIN)  # of which there are spares; each other length would need new memory
-            piece = self._side(holder).try_pread(offset + position, run)
-            if piece is None:
-                spares.give(data)
-                return None
-            data[position : position + run] = piece
-            spares.give(piece)
+        while self._side(holder).try_pread_into(offset + position, into[position : position + run]):
             position += run
             if position == length:
-                return data
+                return True
             holder, run = self._locate(offset + position, length - position)
+        return False
 
     def _side(self, holder: Snapshot | None) -> Edge:
         """Where what `_locate` found is: a scratch, or the disk."""

@@ -30,7 +30,7 @@ from typing import Literal
 
 from fleecer import spares
 from fleecer.errors import IoError
-from fleecer.ranges import Buffer, align_down, align_up, is_zero
+from fleecer.ranges import Buffer, align_down, align_up, is_zero, zeroes
 from fleecer.storage.api import ReadEnded, StorageLimits
 from fleecer.testing.memory import begin
 from fleecer.testing.sim.loop import SimLoop
@@ -171,16 +171,17 @@ class SimDisk:
 
     # The storage.
 
-    def try_pread(self, offset: int, length: int) -> Buffer | None:
-        """See `Storage.try_pread`: at once, if `inline` has it so."""
+    def try_pread_into(self, offset: int, into: memoryview) -> bool:
+        """See `Storage.try_pread_into`: at once, if `inline` has it so."""
         if not self._is_inline("read", ()):
-            return None
+            return False
         if self.faults is not None:
             self.faults.next("read")
-        data = spares.take(length)
-        self._copy_out(data, offset, offset, offset + length)
+        length = len(into)
+        into[:] = zeroes(length)
+        self._copy_out(into, offset, offset, offset + length)
         self._say(f"read {offset}+{length} at once")
-        return data
+        return True
 
     def try_pwrite(self, offset: int, data: Buffer) -> bool:
         """See `Storage.try_pwrite`: at once, if `inline` has it so."""

@@ -18,7 +18,7 @@ from fleecer.block.copier import OnError, Snapshot
 from fleecer.block.edge import Edge
 from fleecer.block.fleecing import Fleece, Plan, cut, uncut
 from fleecer.block.graph import SNAPSHOT_ROLE, Graph
-from fleecer.block.node import HOLE, ZERO, Extent, Limits, Node, ReadAtOnce, WriteAtOnce, merge_extents
+from fleecer.block.node import HOLE, ZERO, Extent, Limits, Node, merge_extents
 from fleecer.block.nodes.file import FileNode
 from fleecer.block.nodes.nbd import NbdNode
 from fleecer.block.nodes.qcow2 import check_qcow2, open_qcow2, read_header
@@ -29,7 +29,7 @@ from fleecer.export.server import Server
 from fleecer.formats.qcow2.create import create_image
 from fleecer.jobs import BackupJob, BackupRequest, JobTable, start_backups
 from fleecer.net.nbd_client import NbdClient
-from fleecer.ranges import Buffer
+from fleecer.ranges import Buffer, ReadAtOnce, WriteAtOnce
 from fleecer.storage.lanes import Result, settle
 from fleecer.testing.sim.disk import STALL_S, Faults, Latency, SimDisk
 from fleecer.testing.sim.loop import SimLoop
@@ -514,7 +514,7 @@ class BareNode(Node):
 
     def reader(self) -> ReadAtOnce | None:
         """See `Node.reader`."""
-        return self._storage.try_pread
+        return self._storage.try_pread_into
 
     def writer(self) -> WriteAtOnce | None:
         """See `Node.writer`."""

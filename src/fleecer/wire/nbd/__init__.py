@@ -15,6 +15,6 @@ Fixed newstyle only, with structured replies, metadata contexts and block sizes;
 
 from fleecer.wire.nbd.client import ClientCodec
 from fleecer.wire.nbd.messages import Catalogue, ExportInfo, ExportUnknown, Reply, Request
-from fleecer.wire.nbd.server import ServerCodec
+from fleecer.wire.nbd.server import AtOnce, ServerCodec
 
-__all__ = ["Catalogue", "ClientCodec", "ExportInfo", "ExportUnknown", "Reply", "Request", "ServerCodec"]
+__all__ = ["AtOnce", "Catalogue", "ClientCodec", "ExportInfo", "ExportUnknown", "Reply", "Request", "ServerCodec"]

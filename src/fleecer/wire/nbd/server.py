@@ -1,13 +1,15 @@
 """The server's role: bytes from a client become requests, and answers become bytes.
 
 Invariants:
-- Every request is returned once, in the order sent, after its payload is complete, also one that must be refused: then
-  its `error` is set, and the owner answers it with `reply_error(request, request.error, request.message)`.
+- Every request is done at once (`AtOnce`), or returned once after its payload is complete, both in the order sent. One
+  that must be refused has its `error` set; the owner answers it by `reply_error(request, request.error,
+  request.message)`.
 - A request gets exactly one final reply; a second raises LocalProtocolError and sends nothing. Replies may be given in
   any order, also after DISC. Each part of a read that was split counts as a request here.
 - With structured replies a read is never answered by a simple reply, and the flag DONE stands on the last chunk only:
   of a read that was split, on the reply to whichever part is answered last.
 - A payload's length is checked before memory is taken for it.
+- What is done at once (`AtOnce`) is done in the order sent, and only as long as nothing before it is left to be done.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ from collections.abc import Iterable, Sequence
 
 from fleecer import spares
 from fleecer.errors import LocalProtocolError, RemoteProtocolError, quoted
-from fleecer.ranges import Buffer, align_down
+from fleecer.ranges import Buffer, ReadAtOnce, WriteAtOnce, align_down, is_zero
+from fleecer.units import KiB
 from fleecer.wire.nbd.codec import TRANSMISSION_BUFFER_BYTES, WAITING_MAX_BYTES, Script
 from fleecer.wire.nbd.constants import (
     CHUNK,
@@ -71,9 +74,56 @@ _unpack_request = REQUEST.unpack_from
 _pack_simple = SIMPLE_REPLY.pack
 _pack_chunk = CHUNK.pack
 _pack_data = DATA_CHUNK.pack
+_put_simple = SIMPLE_REPLY.pack_into
+_put_data = DATA_CHUNK.pack_into
+_put_hole = HOLE_CHUNK.pack_into
 
 _CHANGES = frozenset((CMD_WRITE, CMD_TRIM, CMD_WRITE_ZEROES))
 _GROWS = frozenset((CMD_WRITE, CMD_WRITE_ZEROES))
+
+
+class AtOnce:
+    """Requests that are done in the pass that parses them, with their replies laid out one behind the other in memory.
+
+    Most requests are short reads and writes that take no wait. For those a value for each request, and memory for each
+    reply, would be half of the work.
+
+    read, write  what does them; None: such requests are left
+    left_bytes   nothing more is done once this is used up; a request takes `REQUEST_BYTES` of it, and a read its length
+    replies      there after a pass, its first `filled` bytes to be sent: the owner takes it, and sets None
+    is_full      there may be more to do once the replies are sent: call `ServerCodec.received` again, with 0
+    failed       what failed in the pass, and how, for the owner to answer
+    reads, bytes_read, writes, bytes_written  what was done in the pass
+    """
+
+    REPLIES_BYTES = 64 * KiB
+    READ_MAX_BYTES = 32 * KiB
+    """Longer ones do well with memory of their own."""
+    REQUEST_BYTES = 4 * KiB
+
+    __slots__ = (
+        "bytes_read",
+        "bytes_written",
+        "failed",
+        "filled",
+        "is_full",
+        "left_bytes",
+        "read",
+        "reads",
+        "replies",
+        "write",
+        "writes",
+    )
+
+    def __init__(self) -> None:
+        self.read: ReadAtOnce | None = None
+        self.write: WriteAtOnce | None = None
+        self.left_bytes = 0
+        self.replies: bytearray | memoryview | None = None
+        self.filled = 0
+        self.is_full = False
+        self.failed: tuple[Request, Exception] | None = None
+        self.reads = self.bytes_read = self.writes = self.bytes_written = 0
 
 
 class ServerCodec(ServerHandshake):
@@ -115,10 +165,11 @@ class ServerCodec(ServerHandshake):
         self._unaligned = 0  # bits that an aligned offset or length has clear
         self._flags_allowed: dict[int, int] = {}
 
-    def received(self, count: int) -> list[Request]:
+    def received(self, count: int, at_once: AtOnce | None = None) -> list[Request]:
         """Parses all that is complete, now that `count` more bytes are in the `receive_buffer`.
 
-        Returns the requests now complete, in order; none during the handshake.
+        Returns the requests now complete, in order; none during the handshake. Those that `at_once` can do, up to the
+        first that it cannot, are done and answered instead; where it `is_full`, the rest is not parsed yet.
         """
         requests: list[Request] = []
         if self.finished:
@@ -135,6 +186,10 @@ class ServerCodec(ServerHandshake):
             if self._script is not None:
                 self._negotiate(self._script)
             if self._script is None:
+                if at_once is not None and self._end - self._start >= _REQUEST_BYTES:
+                    self._do_at_once(at_once)
+                    if at_once.is_full:
+                        return requests
                 self._parse(requests)
         except RemoteProtocolError as error:
             self._fail(error)
@@ -165,6 +220,76 @@ class ServerCodec(ServerHandshake):
         }
 
     # From bytes to requests.
+
+    def _do_at_once(self, at_once: AtOnce) -> None:
+        """Does requests in the order sent, as many as come before the first that is not for this."""
+        buffer, view, start, end = self._buffer, self._view, self._start, self._end
+        size, writable_size, unaligned, structured = self._size, self._writable_size, self._unaligned, self.structured
+        read, write, left, longest = at_once.read, at_once.write, at_once.left_bytes, at_once.READ_MAX_BYTES
+        replies = at_once.replies = spares.take(at_once.REPLIES_BYTES)
+        room, filled, room_end = memoryview(replies), 0, len(replies)
+        head_bytes = DATA_CHUNK.size if structured else SIMPLE_REPLY.size
+        reads = bytes_read = writes = bytes_written = 0
+        at_once.is_full, at_once.failed = False, None
+        while left > 0 and end - start >= _REQUEST_BYTES:
+            magic, flags, command, cookie, offset, length = _unpack_request(buffer, start)
+            data_start = start + _REQUEST_BYTES
+            if flags or magic != REQUEST_MAGIC or not length or (offset | length) & unaligned:
+                break
+            try:
+                if command == CMD_READ:
+                    data_at = filled + head_bytes
+                    data_end = data_at + length
+                    if read is None or length > longest or offset + length > size:
+                        break
+                    if data_end > room_end:
+                        at_once.is_full = True
+                        break
+                    data = room[data_at:data_end]
+                    if not read(offset, data):
+                        break
+                    if not structured:
+                        _put_simple(room, filled, SIMPLE_REPLY_MAGIC, 0, cookie)
+                    elif data[0] or not is_zero(data):
+                        chunk = (STRUCTURED_REPLY_MAGIC, REPLY_FLAG_DONE, REPLY_TYPE_OFFSET_DATA, cookie, length + 8)
+                        _put_data(room, filled, *chunk, offset)
+                    else:  # zeroes cost more to send than to find out
+                        chunk = (STRUCTURED_REPLY_MAGIC, REPLY_FLAG_DONE, REPLY_TYPE_OFFSET_HOLE, cookie, 12)
+                        _put_hole(room, filled, *chunk, offset, length)
+                        data_end = filled + HOLE_CHUNK.size
+                    start, filled = data_start, data_end
+                    reads += 1
+                    bytes_read += length
+                    left -= length
+                elif command == CMD_WRITE:
+                    data_end = data_start + length
+                    if write is None or data_end > end or offset + length > writable_size:
+                        break
+                    if filled + SIMPLE_REPLY.size > room_end:
+                        at_once.is_full = True
+                        break
+                    if not write(offset, view[data_start:data_end]):
+                        break
+                    _put_simple(room, filled, SIMPLE_REPLY_MAGIC, 0, cookie)
+                    start, filled = data_end, filled + SIMPLE_REPLY.size
+                    writes += 1
+                    bytes_written += length
+                else:
+                    break
+            except Exception as error:  # noqa: BLE001 - whatever it is, the owner answers it
+                at_once.failed = Request(command, flags, cookie, offset, length), error
+                at_once.is_full = True
+                start = data_start if command == CMD_READ else data_start + length
+                break
+            left -= at_once.REQUEST_BYTES
+        self._start = start
+        at_once.left_bytes, at_once.filled = left, filled
+        at_once.reads, at_once.bytes_read, at_once.writes, at_once.bytes_written = (
+            reads,
+            bytes_read,
+            writes,
+            bytes_written,
+        )
 
     def _parse(self, requests: list[Request]) -> None:
         buffer, start, end = self._buffer, self._start, self._end

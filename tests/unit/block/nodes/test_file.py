@@ -34,8 +34,10 @@ class HalfInline(MemoryStorage):
         self.reads_inline = True
         self.writes_inline = True
 
-    def try_pread(self, offset: int, length: int) -> Buffer | None:
-        return self.data[offset : offset + length] if self.reads_inline else None
+    def try_pread_into(self, offset: int, into: memoryview) -> bool:
+        if self.reads_inline:
+            into[:] = self.data[offset : offset + len(into)]
+        return self.reads_inline
 
     def try_pwrite(self, offset: int, data: Buffer) -> bool:
         if self.writes_inline:
@@ -203,10 +205,10 @@ async def test_threads_do_not_tear_requests_on_a_real_file(image: FileStorage) -
         data = bytes(await node.pread(0, length))
         assert data == data[:1] * length
 
-    def never(storage: FileStorage, *request: object) -> None:
-        return None
+    def never(storage: FileStorage, *request: object) -> bool:
+        return False
 
-    with mock.patch.object(FileStorage, "try_pread", never):
+    with mock.patch.object(FileStorage, "try_pread_into", never):
         for step in range(100):
             with mock.patch.object(FileStorage, "try_pwrite", never if step % 2 else FileStorage.try_pwrite):
                 await asyncio.gather(read(), node.pwrite(0, bytes([step + 2]) * length), read(), read())

@@ -14,13 +14,13 @@ from typing import Any
 import pytest
 from tests.qcow2_world import HeldStorage, checked, guest, new_image, open_image, settle
 
-from fleecer.block.node import HOLE, ZERO, Extent, ReadAtOnce
+from fleecer.block.node import HOLE, ZERO, Extent
 from fleecer.block.nodes.file import FileNode
 from fleecer.block.nodes.qcow2 import Qcow2Node
 from fleecer.errors import CorruptImage, FleecerError, IoError
 from fleecer.formats.qcow2.header import AUTOCLEAR_FIELD, CORRUPT, DIRTY, INCOMPATIBLE_FIELD
 from fleecer.formats.qcow2.tables import COPIED, OFFSET_MASK, ZERO_FLAG
-from fleecer.ranges import Buffer
+from fleecer.ranges import Buffer, ReadAtOnce
 from fleecer.storage.api import StorageLimits
 from fleecer.testing.memory import FaultyStorage, MemoryStorage, random_turns
 from fleecer.units import GiB, KiB, MiB, TiB
@@ -225,25 +225,27 @@ async def test_readers_of_one_slice_share_one_read() -> None:
     assert storage.counts["read"] == before + 9
 
 
-async def test_a_read_of_an_allocated_cluster_hands_on_what_the_file_gave(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_read_of_an_allocated_cluster_has_the_file_fill_the_readers_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     node = await open_image(await new_image(4 * CLUSTER))
     await guest(node).pwrite(0, OLD)
-    given: list[object] = []
+    filled: list[object] = []
     reader = FileNode.reader
 
     def spied(self: FileNode) -> ReadAtOnce:
         read = reader(self)
         assert read is not None
 
-        def spy(offset: int, length: int) -> Buffer | None:
-            given.append(data := read(offset, length))
-            return data
+        def spy(offset: int, into: memoryview) -> bool:
+            filled.append(into.obj)
+            return read(offset, into)
 
         return spy
 
     monkeypatch.setattr(FileNode, "reader", spied)
-    assert guest(node).try_pread(4096, 4096) is given[-1]
-    assert await node.pread(4096, 4096) is given[-1]
+    assert guest(node).try_pread(4096, 4096) is filled[-1]
+    assert await node.pread(4096, 4096) is filled[-1]
 
 
 # Flush and commit.

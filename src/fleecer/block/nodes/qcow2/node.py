@@ -20,7 +20,7 @@ from array import array
 from fleecer import spares
 from fleecer.block.edge import Edge
 from fleecer.block.inflight import InFlight
-from fleecer.block.node import HOLE, ZERO, Extent, Limits, Node, Problem, ReadAtOnce, WriteAtOnce, merge_extents
+from fleecer.block.node import HOLE, ZERO, Extent, Limits, Node, Problem, merge_extents
 from fleecer.block.nodes.qcow2.allocator import Allocator, Run
 from fleecer.block.nodes.qcow2.backing import backing_status, read_backing
 from fleecer.block.nodes.qcow2.commit import Committer
@@ -40,7 +40,7 @@ from fleecer.formats.qcow2.tables import (
     decode_table,
     join_backing,
 )
-from fleecer.ranges import PIECE_BYTES, Buffer, align_down, align_up, ends_piece, zeroes
+from fleecer.ranges import PIECE_BYTES, Buffer, ReadAtOnce, WriteAtOnce, align_down, align_up, ends_piece, zeroes
 from fleecer.storage.api import ReadEnded
 
 SLICE_BYTES_MAX = 4096
@@ -145,14 +145,11 @@ class Qcow2Node(Node):
         write = self._file.writer() if self._image.accepts_writes else None
         return functools.partial(self._write_at_once, write) if write is not None else None
 
-    def _read_at_once(self, read: ReadAtOnce, offset: int, length: int) -> Buffer | None:
-        if not (place := self._place_in_file(offset, length)):
-            return self._read_parts_at_once(read, offset, length)
-        return (
-            read(place, length)
-            if not self._in_flight.would_wait(offset & self._cluster_mask, self._cluster_size)
-            else None
-        )
+    def _read_at_once(self, read: ReadAtOnce, offset: int, into: memoryview) -> bool:
+        if not (place := self._place_in_file(offset, len(into))):
+            return self._read_parts_at_once(read, offset, into)
+        in_flight = self._in_flight
+        return not in_flight.would_wait(offset & self._cluster_mask, self._cluster_size) and read(place, into)
 
     def _place_in_file(self, offset: int, length: int) -> int:
         """Where in the file the range is, if that can be told at first sight, as for most; else 0."""
@@ -168,27 +165,19 @@ class Qcow2Node(Node):
         odd = not host or (host | table) & self._odd_bits
         return host + inner if not odd and (end <= self._file_end or self._is_in_file(end)) else 0
 
-    def _read_parts_at_once(self, read: ReadAtOnce, offset: int, length: int) -> Buffer | None:
-        """As `_read`, with nothing done where anything of it has to wait."""
+    def _read_parts_at_once(self, read: ReadAtOnce, offset: int, into: memoryview) -> bool:
+        """As `_read`, where nothing of it has to wait."""
+        length = len(into)
         start, stop, _ = self._claim_bounds(offset, length)
         if length > PIECE_BYTES or self._in_flight.would_wait(start, stop - start):
-            return None
+            return False
         plans = self._plan_at_once(offset, length)
-        if plans is None:
-            return None
-        if len(plans) == 1:
-            return self._carry_out_at_once(read, plans[0], offset)
-        data = spares.take(length)
         at = 0
-        for plan in plans:
-            part = self._carry_out_at_once(read, plan, offset + at)
-            if part is None:
-                spares.give(data)
-                return None
-            data[at : at + plan.length] = part
-            spares.give(part)
+        for plan in plans or ():
+            if not self._carry_out_at_once(read, plan, offset + at, into[at : at + plan.length]):
+                return False
             at += plan.length
-        return data
+        return plans is not None
 
     def _plan_at_once(self, offset: int, length: int) -> list[Plan] | None:
         """As `_plan`; None where a slice is not in memory."""
@@ -206,13 +195,15 @@ class Qcow2Node(Node):
             offset = self._plan_part(plans, slice_, offset, end)
         return plans
 
-    def _carry_out_at_once(self, read: ReadAtOnce, plan: Plan, offset: int) -> Buffer | None:
+    def _carry_out_at_once(self, read: ReadAtOnce, plan: Plan, offset: int, into: memoryview) -> bool:
         if isinstance(plan, Data):
-            end = plan.host_offset + plan.length
-            return read(plan.host_offset, plan.length) if end <= self._file_end else None
+            return plan.host_offset + plan.length <= self._file_end and read(plan.host_offset, into)
         if isinstance(plan, Backing) and self._backing is not None:
-            return self._backing.try_pread(offset, plan.length)
-        return None if isinstance(plan, Compressed) else zeroes(plan.length)
+            return self._backing.try_pread_into(offset, into)
+        if isinstance(plan, Compressed):
+            return False
+        into[:] = zeroes(plan.length)
+        return True
 
     def begin_pread(self, offset: int, length: int, ended: ReadEnded) -> bool:
         """See `Node.begin_pread`: a range in a row in the file or in the backing node, whose slices are in memory."""
