@@ -289,6 +289,7 @@ class Cut:
             past = scheme(name, subject, server, stand.images)
             stack.callback(past.close)
             past.prepare()
+            server.qmp.execute("query-version")  # the session is there, whether or not there was something to prepare
             log = os.path.join(stand.directory, "guest")
             stack.callback(_remove_logs, stand.directory)
             job = ["--rw=randwrite", "--bs=4k", f"--iodepth={64 // self.disks}", f"--size={min(self.size, 64 * MiB)}"]

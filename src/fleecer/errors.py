@@ -155,6 +155,8 @@ class JobError(FleecerError):
 def quoted(text: str) -> str:
     """Text from outside, made fit for one line: quoted, escaped, and cut at `QUOTED_CHARACTERS_MAX` characters."""
     shown = text if len(text) <= QUOTED_CHARACTERS_MAX else text[:QUOTED_CHARACTERS_MAX] + "..."
+    if shown.isprintable() and "'" not in shown and "\\" not in shown:  # as most of it is
+        return f"'{shown}'"
     escaped = "".join(c if c.isprintable() and c not in "'\\" else ascii(c)[1:-1] for c in shown)
     return f"'{escaped}'"
 

@@ -211,6 +211,18 @@ def test_uris_are_encoded_so_that_clients_understand_them(tmp_path: Path) -> Non
         assert [export["export-name"] for export in listed] == ["dísk+?#%41@s+1"]
 
 
+def test_a_daemon_has_scratches_ready_that_no_directory_shows(tmp_path: Path) -> None:
+    for name in ("one.raw", "two.raw"):
+        raw_image(tmp_path / name, MiB)
+    with Serving(tmp_path, "one.raw", "two.raw") as daemon:
+        descriptors = Path(f"/proc/{daemon.process.pid}/fd")
+        deadline_s = time.monotonic() + TIMEOUT_S
+        while sum(os.readlink(one).endswith("(deleted)") for one in descriptors.iterdir()) < 2:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.02)
+        assert sorted(os.listdir(tmp_path)) == ["one.raw", "run", "two.raw"]
+
+
 def test_one_disk_is_the_default_export(tmp_path: Path) -> None:
     raw_image(tmp_path / "only.raw", 5 * KiB)
     with Serving(tmp_path, "only.raw") as daemon:

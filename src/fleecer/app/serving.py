@@ -138,6 +138,7 @@ async def serve(options: ServeOptions, announce: Callable[[str], None]) -> None:
             daemon.server.listen_unix(os.path.join(directory, NBD_SOCKET))
             running.monitor.listen_unix(os.path.join(directory, QMP_SOCKET))
             settle()
+            daemon.snapshots.keep_scratches_ready()
             for export in exports:
                 announce(f"{export.name}  {'  '.join(uris(daemon, export))}")
             await running.stopped()

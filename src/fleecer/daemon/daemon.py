@@ -137,6 +137,7 @@ class Daemon:
                 await export.edge.flush()
         finally:
             self.problems.forget(export)
+            self.snapshots.forget_disk(export)
             await self.graph.drain_and_detach(export.edge)
             self.events.announce("BLOCK_EXPORT_DELETED", {"id": export_id})
 

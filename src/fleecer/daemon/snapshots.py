@@ -22,22 +22,20 @@ import dataclasses
 import datetime
 import errno
 import logging
-import os
 import re
-from collections.abc import Coroutine, Iterable, Sequence
+from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from fleecer.block.copier import TIMEOUT_S, OnError, Snapshot
 from fleecer.block.fleecing import CUT_TIMEOUT_S, Fleece, Plan, cut, release_scratch, uncut
 from fleecer.block.graph import LEAVE_TIMEOUT_S, SNAPSHOT_ROLE
-from fleecer.block.node import Node
 from fleecer.block.nodes.file import FileNode
 from fleecer.block.nodes.snapshot_access import SnapshotAccessNode
+from fleecer.daemon.scratches import Scratches
 from fleecer.errors import FleecerError, IoError, NotFound, UsageError, quoted
 from fleecer.export import Export
 from fleecer.storage.api import Storage
-from fleecer.storage.file import FileStorage, open_unlinked
-from fleecer.storage.pool import running_pool
+from fleecer.storage.file import FileStorage
 
 if TYPE_CHECKING:
     from fleecer.block.edge import Edge
@@ -48,12 +46,6 @@ PRESERVED_CONTEXT = "fleecer:preserved"
 
 READERS_TIMEOUT_S = 10.0
 """How long the end of a snapshot waits for its readers' requests in flight, and that of the daemon for its makers."""
-
-OPENING_S = 0.003
-"""How long guests wait while scratches are opened. It mostly takes a tenth of that, or as many turns of the loop."""
-
-_NO_PLACE = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
-"""What a directory answers that will never take a scratch file."""
 
 T = TypeVar("T")
 
@@ -104,6 +96,15 @@ class Snapshots:
         self._ending: set[asyncio.Task[None]] = set()
         self._kept: set[asyncio.Future[Any]] = set()
         self._refusing = False
+        self._scratches = Scratches(daemon.disks, self._watch, self._keep)
+
+    def keep_scratches_ready(self) -> None:
+        """Has scratches opened before a snapshot needs them: for who serves disks for long. See `Scratches`."""
+        self._scratches.keep_ready()
+
+    def forget_disk(self, disk: Export) -> None:
+        """A disk is no longer served; nothing that was opened for it stays open."""
+        self._scratches.forget(disk)
 
     def sets(self) -> list[SnapshotSet]:
         """Every snapshot, oldest first."""
@@ -144,7 +145,7 @@ class Snapshots:
         scratches: list[Edge] = []
         self._daemon.server.make_way()
         try:
-            storages = await self._open_scratches(exports, scratch_directory)
+            storages = await self._scratches.open(exports, scratch_directory)
             for export in exports:
                 scratches.append(self._attach_scratch(export, name, storages[export]))
                 del storages[export]
@@ -177,33 +178,6 @@ class Snapshots:
             self._making.discard(made)
             made.set_result(None)
         return taken
-
-    async def _open_scratches(self, exports: Sequence[Export], directory: str | None) -> dict[Export, FileStorage]:
-        """A new scratch for each disk, beside its image unless a `directory` is named.
-
-        Raises what the first failed with. Then, or if cancelled, those that are still being opened are closed later.
-        """
-        places: dict[str, list[Export]] = {}
-        for export in exports:
-            places.setdefault(directory or _image_directory(export.name, export.edge.node), []).append(export)
-        # Directories side by side, since one may take a while; a thread for each file would take longer for most.
-        openings = {
-            self._watch(open_unlinked(place, [export.edge.size for export in there])): there
-            for place, there in places.items()
-        }
-        try:
-            if not running_pool().linger(openings, OPENING_S):
-                await asyncio.wait(openings, return_when=asyncio.FIRST_EXCEPTION)
-            _check_opened(openings)
-            return {
-                export: storage
-                for opening, there in openings.items()
-                for export, storage in zip(there, opening.result(), strict=True)
-            }
-        except BaseException:
-            for opening in openings:
-                opening.add_done_callback(self._close_unwanted)
-            raise
 
     async def _cut(self, plans: list[Plan], timeout_s: float) -> list[Fleece]:
         try:
@@ -244,6 +218,7 @@ class Snapshots:
         if self._making:
             await asyncio.wait(self._making, timeout=READERS_TIMEOUT_S)
         self._refusing = True
+        self._scratches.close()
         under_way = list(self._ending)
         ends = [self._end(taken) for taken in self.sets()]
         outcomes = await asyncio.gather(*ends, return_exceptions=True)
@@ -316,11 +291,6 @@ class Snapshots:
         graph.add(scratch, named=False)
         return graph.attach(scratch, f"snapshot {quoted(snapshot)} of {export.name}", "scratch", writable=True)
 
-    def _close_unwanted(self, opening: asyncio.Future[list[FileStorage]]) -> None:
-        if opening.exception() is None:
-            for storage in opening.result():
-                self._keep(storage.close())
-
     def _publish(self, disk: Export, name: str, fleece: Fleece) -> SnapshotPart:
         graph, server = self._daemon.graph, self._daemon.server
         label = f"{disk.name}@{name}"
@@ -364,22 +334,3 @@ class Snapshots:
         _log.warning("snapshot %s is broken: %s", part.export.name, part.cause)
         self._daemon.events.announce("SNAPSHOT_BROKEN", {"name": name, "disk": part.disk, "cause": part.cause})
         self._keep(release_scratch(self._daemon.graph, part.fleece))
-
-
-def _check_opened(openings: Iterable[asyncio.Future[list[FileStorage]]]) -> None:
-    """Raises what the first that failed did so with, and what to do about it."""
-    error = next((opening.exception() for opening in openings if opening.done() and opening.exception()), None)
-    if isinstance(error, IoError) and error.errno in _NO_PLACE:
-        detail = f"{os.strerror(error.errno)}; choose another place with --scratch-dir"
-        raise IoError(error.errno, error.node, error.operation, detail=detail) from error
-    if error is not None:
-        raise error
-
-
-def _image_directory(disk: str, node: Node) -> str:
-    """Where the disk's image is: the place for its scratch unless another is named."""
-    while node.children:
-        node = node.children[0].node
-    if isinstance(node, FileNode) and isinstance(node.storage, FileStorage) and not node.storage.is_block_device:
-        return node.storage.directory()
-    raise UsageError(f"disk {quoted(disk)} is no local image file, so name a place for its scratch: --scratch-dir")

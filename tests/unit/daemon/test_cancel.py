@@ -147,7 +147,7 @@ class World:
 
 @pytest.fixture
 async def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[World]:
-    monkeypatch.setattr("fleecer.daemon.snapshots.OPENING_S", 0)  # as where a file system takes longer
+    monkeypatch.setattr("fleecer.daemon.scratches.OPENING_S", 0)  # as where a file system takes longer
     made = World(tmp_path)
     await made.create("one", name="first")  # starts the threads, so that their descriptors are counted from the start
     await made.daemon.snapshots.delete("first")

@@ -368,7 +368,7 @@ async def test_where_no_scratch_can_be_made_another_place_is_asked_for(
         refused.set_exception(IoError(errno.EROFS, directory, "create a scratch file"))
         return refused
 
-    monkeypatch.setattr("fleecer.daemon.snapshots.open_unlinked", refuse)
+    monkeypatch.setattr("fleecer.daemon.scratches.open_unlinked", refuse)
     daemon.disk("a")
     with pytest.raises(IoError, match=r"Read-only file system; choose another place with --scratch-dir") as caught:
         await daemon.snapshots.create(["a"], scratch_directory=str(tmp_path))

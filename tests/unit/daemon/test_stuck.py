@@ -210,7 +210,7 @@ async def test_a_file_server_that_does_not_even_open_holds_up_only_who_asked(
             await back.wait()
         return await open_unlinked(world.directory, sizes)
 
-    monkeypatch.setattr("fleecer.daemon.snapshots.open_unlinked", lambda *where: asyncio.ensure_future(stuck(*where)))
+    monkeypatch.setattr("fleecer.daemon.scratches.open_unlinked", lambda *where: asyncio.ensure_future(stuck(*where)))
     create = world.daemon.snapshots.create
     making = asyncio.ensure_future(create(name="late", scratch_directory=f"{world.directory}/dead"))
     await asked.wait()
