@@ -38,7 +38,6 @@ StatusSource = Callable[[int, int], Awaitable[list[Extent]]]
 
 STATUS_EXTENTS_MAX = 16 * KiB
 """Extents gathered for one reply: enough for any client, few enough to be quick."""
-_STATUS_TURN = 32  # how often an answer asks before others have their turn
 
 
 class Export:
@@ -159,7 +158,6 @@ class Export:
         offset, end = request.offset, request.offset + request.length
         one_only = bool(request.flags & CMD_FLAG_REQ_ONE)
         extents: list[Extent] = []
-        asked = 0
         while offset < end and len(extents) < STATUS_EXTENTS_MAX and (found := await source(offset, end - offset)):
             for extent in found:
                 offset += extent.length
@@ -169,7 +167,6 @@ class Export:
                     return extents
                 else:
                     extents.append(extent)
-            asked += 1
-            if asked % _STATUS_TURN == 0:
+            if offset < end and len(extents) < STATUS_EXTENTS_MAX:
                 await asyncio.sleep(0)  # thousands of short runs, all of them in memory, would hold up everybody
         return extents

@@ -962,6 +962,25 @@ async def test_only_one_extent_is_told_where_only_one_is_asked_for(serving: Serv
     assert asked == [0, 1000, 2000], "more was looked up than is told"
 
 
+async def test_a_status_answer_put_together_from_many_lets_others_work_after_each(serving: Serving) -> None:
+    async def same(offset: int, length: int) -> list[Extent]:
+        asked.append(turn)
+        return [Extent(min(1000, length), 1)]
+
+    asked: list[int] = []
+    turn = 0
+    export = Export("one", "one", serving.attach("export 'one'"), contexts={"x-test:same": same})
+    serving.server.add(export)
+    client = await serving.client("one", contexts=("x-test:same",))
+    cookie = client.codec.block_status(0, SIZE)
+    client.send()
+    while not client.replies:
+        await asyncio.sleep(0)
+        turn += 1
+    assert (await client.reply(cookie)).extents == {"x-test:same": [(SIZE, 1)]}
+    assert len(asked) == len(set(asked)) == -(-SIZE // 1000)
+
+
 async def test_a_default_export_name_in_the_old_handshake_is_served(serving: Serving) -> None:
     stream = serving.stream()
     client = OldClient(stream)
