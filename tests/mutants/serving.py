@@ -108,11 +108,10 @@ MUTANTS = [
         "at-once-found-once-for-all",
         _CONNECTION,
         """
-            self._start(request, tried=read is not None)
-            read, write = (None, None) if self._refusing else export.at_once()
+            tried, is_found = False, False
 """,
         """
-            self._start(request, tried=read is not None)
+            tried = False
 """,
         "what reads and writes at once is found anew after a request that may have changed it",
         # It takes two requests in one piece, of which the first has to wait: the simulation's guests ask one by one.
@@ -152,6 +151,7 @@ MUTANTS = [
         _NBD_SERVER,
         """
                     if not write(offset, view[data_start:data_end]):
+                        at_once.tried = True
                         break
 """,
         """
@@ -168,11 +168,13 @@ MUTANTS = [
                 if self._waiting:
                     self._leave(requests[index + 1 :])
                     break
-                read, write =""",
+                is_found = False
+""",
         """
                 if self._waiting:
                     break
-                read, write =""",
+                is_found = False
+""",
         "every request is answered, also behind a long read that its client does not read",
         # The simulation's clients read all that they asked for before they ask again.
         tests=("tests/unit/export/test_connection.py::test_requests_behind_a_long_read_keep_order_when_it_is_held_up",),

@@ -184,7 +184,7 @@ class Edge:
     async def pread(self, offset: int, length: int, tried: bool = False) -> Buffer:
         """`length` bytes at `offset`; see `Node.pread`. Raises IoError (EINVAL) outside the node.
 
-        `tried` says that to read at once was tried this very moment, in vain.
+        `tried` says that to do it at once was tried this very moment, in vain.
         """
         if not tried:
             at_once = self.try_pread(offset, length)
@@ -209,12 +209,14 @@ class Edge:
             if self._idle is not None and not self.busy:
                 self._now_idle()
 
-    async def pwrite(self, offset: int, data: Buffer, fua: bool = False, serialising: bool = False) -> None:
-        """Writes `data`; see `Node.pwrite`. With `fua` it is durable on return.
+    async def pwrite(
+        self, offset: int, data: Buffer, fua: bool = False, serialising: bool = False, tried: bool = False
+    ) -> None:
+        """Writes `data`; see `Node.pwrite`. With `fua` it is durable on return. `tried` is as for `pread`.
 
         Raises IoError: EPERM without write permission, ENOSPC outside the node.
         """
-        if not serialising and self.try_pwrite(offset, data):
+        if not serialising and not tried and self.try_pwrite(offset, data):
             if fua:
                 await self.flush()
             return

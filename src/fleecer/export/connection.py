@@ -26,7 +26,7 @@ from fleecer import eager, spares
 from fleecer.errors import FleecerError, IoError, LocalProtocolError, told
 from fleecer.export.export import Export
 from fleecer.net.stream import Stream
-from fleecer.ranges import Buffer, is_zero
+from fleecer.ranges import Buffer, ReadAtOnce, WriteAtOnce, is_zero
 from fleecer.units import KiB, MiB
 from fleecer.waiters import Waiters
 from fleecer.wire.nbd import AtOnce, Request, ServerCodec
@@ -103,7 +103,8 @@ class Connection:
             self._waiting.extend(requests)
         elif requests or done:
             if requests:
-                self._run(requests, bytes_read + done * AtOnce.REQUEST_BYTES)
+                tried = at_once is not None and at_once.tried
+                self._run(requests, bytes_read + done * AtOnce.REQUEST_BYTES, tried=tried)
             if bytes_read + self._ready_bytes >= TURN_BYTES:
                 self._server.note_turn()
             elif not self._waiting:
@@ -130,9 +131,12 @@ class Connection:
     def _prepare_at_once(self) -> AtOnce | None:
         """What does requests before anything else is done with them; None where they have to wait for others."""
         export = self.export
-        if export is None or self._waiting or self._refusing or self._holds_enough():
+        if export is None or self._codec.awaits_payload:
+            return None
+        if self._waiting or self._refusing or self._holds_enough():
             return None
         at_once = self._at_once
+        at_once.tried = False
         at_once.read, at_once.write = export.at_once()
         at_once.left_bytes = self._server.turn_bytes
         return at_once if at_once.read is not None or at_once.write is not None else None
@@ -165,15 +169,17 @@ class Connection:
         if at_once.failed is not None:
             self._fail(*at_once.failed)
 
-    def _run(self, requests: list[Request], used_bytes: int = 0) -> None:
+    def _run(self, requests: list[Request], used_bytes: int = 0, *, tried: bool = False) -> None:
         """Answers what needs no wait; starts the rest.
 
         Most requests are read or written by a single call, and cost no coroutine. Nothing else runs between them, so
-        what makes that call is found once for all.
+        what makes that call is found once for all. `tried` says that the first one would have to wait: it was tried.
         """
         export = self.export
         assert export is not None, "requests come only after an export was entered"
-        read, write = (None, None) if self._refusing else export.at_once()
+        read: ReadAtOnce | None = None
+        write: WriteAtOnce | None = None
+        is_found = False  # what reads and writes
         turn_bytes = self._server.turn_bytes
         for index, request in enumerate(requests):
             if used_bytes + self._ready_bytes + index * AtOnce.REQUEST_BYTES >= turn_bytes:
@@ -190,36 +196,38 @@ class Connection:
                 if self._waiting:
                     self._leave(requests[index + 1 :])
                     break
-                read, write = (None, None) if self._refusing else export.at_once()
+                is_found = False
                 continue
+            if not is_found and not tried:
+                read, write = (None, None) if self._refusing else export.at_once()
+                is_found = True
             try:
-                if length and request.command == CMD_READ and read is not None:
-                    data = spares.take_filled(read, request.offset, length)
+                if length and request.command == CMD_READ and (tried or read is not None):
+                    data = spares.take_filled(read, request.offset, length) if read is not None else None
                     if data is not None:
                         export.reads += 1
                         export.bytes_read += length
                         self._reply_read(request, data)
                         continue
+                    tried = True
                     if self._begin_read(request, export):
+                        tried = False
                         continue
-                elif (
-                    length
-                    and request.command == CMD_WRITE
-                    and not request.flags
-                    and write is not None
-                    and write(request.offset, request.data)
-                ):
-                    export.writes += 1
-                    export.bytes_written += length
-                    if length >= spares.LENGTH_MIN:
-                        spares.give(request.data)
-                    self._codec.reply_done(request)
-                    continue
+                elif length and request.command == CMD_WRITE and not request.flags and write is not None:
+                    if write(request.offset, request.data):
+                        export.writes += 1
+                        export.bytes_written += length
+                        if length >= spares.LENGTH_MIN:
+                            spares.give(request.data)
+                        self._codec.reply_done(request)
+                        continue
+                    tried = True
             except Exception as error:  # noqa: BLE001 - whatever it is, the client is answered
                 self._fail(request, error)
+                tried = False
                 continue
-            self._start(request, tried=read is not None)
-            read, write = (None, None) if self._refusing else export.at_once()
+            self._start(request, tried=tried)
+            tried, is_found = False, False
 
     def _begin_read(self, request: Request, export: Export) -> bool:
         """Begins a read that could not be done at once, where that needs no coroutine."""

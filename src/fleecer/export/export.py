@@ -129,7 +129,7 @@ class Export:
         if command == CMD_WRITE and request.length:
             self.writes += 1
             self.bytes_written += request.length
-            await edge.pwrite(request.offset, request.data, fua)
+            await edge.pwrite(request.offset, request.data, fua, tried=tried)
         elif command == CMD_FLUSH:
             await edge.flush()
         elif not request.length:

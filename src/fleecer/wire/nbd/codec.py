@@ -50,6 +50,11 @@ class Codec:
         self._rest: memoryview | None = None  # what is still to come of a payload received in place
         self._narrow = False  # whether the next message is probably another payload too long for the shared buffer
 
+    @property
+    def awaits_payload(self) -> bool:
+        """Whether what comes next is the rest of a payload that is received in place."""
+        return self._rest is not None
+
     def receive_buffer(self) -> memoryview:
         """Where the next bytes go; tell `received` how many came. Valid until then."""
         if self._rest is not None:

@@ -93,6 +93,7 @@ class AtOnce:
     replies      there after a pass, its first `filled` bytes to be sent: the owner takes it, and sets None
     is_full      there may be more to do once the replies are sent: call `ServerCodec.received` again, with 0
     failed       what failed in the pass, and how, for the owner to answer
+    tried        the first request that is left would have had to wait
     reads, bytes_read, writes, bytes_written  what was done in the pass
     """
 
@@ -111,6 +112,7 @@ class AtOnce:
         "read",
         "reads",
         "replies",
+        "tried",
         "write",
         "writes",
     )
@@ -122,6 +124,7 @@ class AtOnce:
         self.replies: bytearray | memoryview | None = None
         self.filled = 0
         self.is_full = False
+        self.tried = False
         self.failed: tuple[Request, Exception] | None = None
         self.reads = self.bytes_read = self.writes = self.bytes_written = 0
 
@@ -230,7 +233,7 @@ class ServerCodec(ServerHandshake):
         room, filled, room_end = memoryview(replies), 0, len(replies)
         head_bytes = DATA_CHUNK.size if structured else SIMPLE_REPLY.size
         reads = bytes_read = writes = bytes_written = 0
-        at_once.is_full, at_once.failed = False, None
+        at_once.is_full, at_once.failed, at_once.tried = False, None, False
         while left > 0 and end - start >= _REQUEST_BYTES:
             magic, flags, command, cookie, offset, length = _unpack_request(buffer, start)
             data_start = start + _REQUEST_BYTES
@@ -247,6 +250,7 @@ class ServerCodec(ServerHandshake):
                         break
                     data = room[data_at:data_end]
                     if not read(offset, data):
+                        at_once.tried = True
                         break
                     if not structured:
                         _put_simple(room, filled, SIMPLE_REPLY_MAGIC, 0, cookie)
@@ -269,6 +273,7 @@ class ServerCodec(ServerHandshake):
                         at_once.is_full = True
                         break
                     if not write(offset, view[data_start:data_end]):
+                        at_once.tried = True
                         break
                     _put_simple(room, filled, SIMPLE_REPLY_MAGIC, 0, cookie)
                     start, filled = data_end, filled + SIMPLE_REPLY.size

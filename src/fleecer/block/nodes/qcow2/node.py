@@ -283,7 +283,7 @@ class Qcow2Node(Node):
             await self._prepare()
         start, stop, _ = self._claim_bounds(offset, len(data))
         in_flight = self._in_flight
-        if not serialising:
+        if not serialising and not self._needs_new(offset):
             claim = in_flight.enter(start, stop - start)
             try:
                 if claim.blockers:
@@ -299,6 +299,13 @@ class Qcow2Node(Node):
             await self._write(offset, memoryview(data))
         finally:
             in_flight.leave(claim)
+
+    def _needs_new(self, offset: int) -> bool:
+        """Whether the cluster there cannot be written in place as it is now, as far as that is in memory."""
+        cluster = offset >> self._cluster_bits
+        table = self._l1[cluster >> self._l2_bits] & _OTHER_BITS
+        slice_ = self._slices.get(table + (cluster << 3 & self._slice_start_mask))
+        return slice_ is not None and not slice_.data[cluster & self._slice_mask] & COPIED
 
     async def zero(self, offset: int, length: int, unmap: bool = True, serialising: bool = False) -> None:
         """See `Node.zero`. Whole clusters get the zero flag (version 3); parts of clusters are written."""
