@@ -121,13 +121,13 @@ MUTANTS = [
         "replies-in-a-row-given-back-while-queued",
         _CONNECTION,
         """
-        if not self.stream.queued_bytes:
-            spares.give(replies)
+        if stream.queued_bytes and not queued_bytes:
+            self._sending.append((stream.sent_bytes, replies))
         else:
+            spares.give(replies)
 """,
         """
         spares.give(replies)
-        if self.stream.queued_bytes:
 """,
         "no buffer is used again before the kernel has taken it",
         tests=("tests/unit/export/test_at_once.py::test_short_replies_that_a_client_has_not_read_yet_do_not_change",),

@@ -158,14 +158,18 @@ class Connection:
         export.writes += at_once.writes
         export.bytes_written += at_once.bytes_written
         at_once.replies = None
+        stream = self.stream
+        queued_bytes = stream.queued_bytes
         if at_once.filled:
-            self.stream.send([memoryview(replies)[: at_once.filled]])
-        if not self.stream.queued_bytes:
-            spares.give(replies)
+            piece = memoryview(replies)[: at_once.filled]
+            # What waits behind others does so as a copy: a few bytes are no reason to hold all of that memory.
+            stream.send([bytes(piece) if queued_bytes else piece])
+        if stream.queued_bytes and not queued_bytes:
+            self._sending.append((stream.sent_bytes, replies))
         else:
-            self._sending.append((self.stream.sent_bytes, replies))
-            if self._holds_enough():
-                at_once.left_bytes = 0
+            spares.give(replies)
+        if self._holds_enough():
+            at_once.left_bytes = 0
         if at_once.failed is not None:
             self._fail(*at_once.failed)
 

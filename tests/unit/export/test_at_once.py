@@ -199,6 +199,26 @@ async def test_short_replies_that_a_client_has_not_read_yet_do_not_change(world:
         assert (await slow.reply(cookie)).data == block(number)[: 4 * KiB], f"a reply from block {number}"
 
 
+async def test_short_replies_that_have_to_wait_take_no_more_memory_than_they_are_long(world: World) -> None:
+    client = await world.client()
+    (server_end,) = world.server.clients()
+    client.stream.pause()
+    while not server_end.stream.queued_bytes:
+        client.codec.read(0, 4 * KiB)
+        client.send()
+        await turns(2)
+    queued_bytes = server_end.stream.queued_bytes
+    for _ in range(100):
+        client.codec.write(0, b"x")
+        client.send()
+        await turns(2)
+    assert server_end.stream.queued_bytes > queued_bytes, "no reply has to wait"
+    assert len(server_end._sending) <= 1
+    pieces = server_end.stream._queue  # type: ignore[attr-defined]
+    assert sum(type(piece) is memoryview for piece in pieces) <= 1, "each keeps all of the memory that it is a part of"
+    client.stream.abort()
+
+
 async def test_a_write_that_fails_at_once_is_answered_so_and_those_around_it_are_done(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
