@@ -45,6 +45,8 @@ TURN_BYTES = 256 * KiB
 PART_BYTES = 512 * KiB
 """Longer reads are answered in parts of this length, where the client allows it. Memory for one is small enough to be
 in the processor's cache when it is sent, and soon used again; others have their turn in between."""
+SKIPS_MAX = 16
+"""Where what comes first has to wait again and again, only one time in so many it is tried before all is parsed."""
 _STATUS_BYTES = 1 * MiB
 """What the answer to a block-status request may take in memory."""
 
@@ -62,6 +64,8 @@ class Connection:
         self._codec = ServerCodec(server.catalogue(self))
         self._waiting: collections.deque[Request] = collections.deque()  # parsed, not started
         self._at_once = AtOnce()
+        self._skips = 0  # how often nothing is to be done at once before it is parsed
+        self._skips_next = 1
         self._in_flight = 0  # started, and not ended at once
         self._in_flight_bytes = 0
         self._ready_bytes = 0  # what the replies in the codec's `outgoing` took
@@ -99,11 +103,16 @@ class Connection:
             self._send_done(at_once, at_once.replies)
             if at_once.is_full:
                 requests = self._codec.received(0, at_once)
+        tried = at_once is not None and at_once.tried
+        if done:
+            self._skips_next = 1
+        elif tried:
+            self._skips = self._skips_next
+            self._skips_next = min(2 * self._skips_next, SKIPS_MAX)
         if self._waiting:
             self._waiting.extend(requests)
         elif requests or done:
             if requests:
-                tried = at_once is not None and at_once.tried
                 self._run(requests, bytes_read + done * AtOnce.REQUEST_BYTES, tried=tried)
             if bytes_read + self._ready_bytes >= TURN_BYTES:
                 self._server.note_turn()
@@ -134,6 +143,9 @@ class Connection:
         if export is None or self._codec.awaits_payload:
             return None
         if self._waiting or self._refusing or self._holds_enough():
+            return None
+        if self._skips:
+            self._skips -= 1
             return None
         at_once = self._at_once
         at_once.tried = False

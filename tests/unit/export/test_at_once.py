@@ -18,13 +18,13 @@ from fleecer.block.edge import Edge
 from fleecer.block.nodes.file import FileNode
 from fleecer.errors import IoError
 from fleecer.export import Export, Server
-from fleecer.export.connection import QUEUED_BYTES_MAX, Connection
+from fleecer.export.connection import QUEUED_BYTES_MAX, SKIPS_MAX, Connection
 from fleecer.export.server import WAY_TURN_BYTES
 from fleecer.net.stream import SocketStream
 from fleecer.ranges import Buffer
 from fleecer.storage.file import FileStorage, open_file
 from fleecer.units import KiB
-from fleecer.wire.nbd import AtOnce
+from fleecer.wire.nbd import AtOnce, ServerCodec
 
 BLOCK = 256 * KiB
 BLOCKS = 48
@@ -297,3 +297,32 @@ async def test_nothing_is_done_at_once_any_more_when_the_server_stops(
         go_on.set()
     assert not (await client.reply(written)).error
     await stopping
+
+
+async def test_a_client_whose_requests_mostly_wait_pays_little_for_those_that_need_not(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = world.edge.node.storage  # type: ignore[attr-defined]
+    passes: list[int] = []
+    do_at_once = ServerCodec._do_at_once
+
+    def counted(codec: ServerCodec, at_once: AtOnce) -> None:
+        do_at_once(codec, at_once)
+        passes.append(at_once.reads)
+
+    async def read(count: int) -> None:
+        for _ in range(count):
+            cookie = client.codec.read(0, 4 * KiB)
+            client.send()
+            assert (await client.reply(cookie)).data == block(0)[: 4 * KiB]
+
+    client = await world.client()
+    monkeypatch.setattr(ServerCodec, "_do_at_once", counted)
+    with monkeypatch.context() as cold:
+        cold.setattr(type(storage), "try_pread_into", lambda *_: False)
+        await read(100)
+    assert not sum(passes)
+    assert 5 <= len(passes) <= 10
+    passes.clear()
+    await read(2 * SKIPS_MAX)
+    assert sum(passes) >= SKIPS_MAX - 1, "those that need not wait are done so again"

@@ -172,6 +172,8 @@ class Qcow2Node(Node):
         if length > PIECE_BYTES or self._in_flight.would_wait(start, stop - start):
             return False
         plans = self._plan_at_once(offset, length)
+        if plans is not None and len(plans) == 1:
+            return self._carry_out_at_once(read, plans[0], offset, into)
         at = 0
         for plan in plans or ():
             if not self._carry_out_at_once(read, plan, offset + at, into[at : at + plan.length]):
