@@ -3,7 +3,9 @@
 from tests.mutants.mutant import Mutant
 
 _FILE = "block/nodes/file.py"
+_FILE_STORAGE = "storage/file.py"
 _NODE = "block/nodes/qcow2/node.py"
+_WRITING = "block/nodes/qcow2/writing.py"
 _COMMIT = "block/nodes/qcow2/commit.py"
 _ALLOCATOR = "block/nodes/qcow2/allocator.py"
 _METADATA = "block/nodes/qcow2/metadata.py"
@@ -225,14 +227,14 @@ MUTANTS = [
         """See `Node.pread`. Raises CorruptImage where the tables do not make sense for the range."""
 ''',
         """
-        plans = await self._plan(offset, length)
+        plans = await self._reader.plan(offset, length)
         claim = self._in_flight.enter(offset, length)
         try:
             if claim.blockers:
                 await claim.granted()
             parts = []
             for plan in plans:
-                parts.append(bytes(await self._carry_out(plan, offset)))
+                parts.append(bytes(await self._reader._carry_out(plan, offset)))
                 offset += plan.length
             return b"".join(parts)
         finally:
@@ -246,10 +248,10 @@ MUTANTS = [
         """
             if claim.blockers:
                 await claim.granted()
-            return await self._read(offset, length)
+            return await self._reader.read(offset, length)
 """,
         """
-            return await self._read(offset, length)
+            return await self._reader.read(offset, length)
 """,
         "a read waits for who changes the mapping of its clusters",
     ),
@@ -290,13 +292,15 @@ MUTANTS = [
         "discard-claims-nothing",
         _NODE,
         """
-        claim = self._in_flight.enter(first, align_up(last, self._cluster_size) - first, serialising=True)
+        start, stop, _ = self._claim_bounds(first, last - first)
+        claim = self._in_flight.enter(start, stop - start, serialising=True)
         try:
             if claim.blockers:
                 await claim.granted()
 """,
         """
-        claim = self._in_flight.enter(first, align_up(last, self._cluster_size) - first, serialising=True)
+        start, stop, _ = self._claim_bounds(first, last - first)
+        claim = self._in_flight.enter(start, stop - start, serialising=True)
         try:
 """,
         "discard waits for requests in its clusters",
@@ -305,12 +309,14 @@ MUTANTS = [
         "zero-claims-nothing",
         _NODE,
         """
+        start, stop, end = self._claim_bounds(offset, length)
         claim = self._in_flight.enter(start, stop - start, serialising=True)
         try:
             if claim.blockers:
                 await claim.granted()
 """,
         """
+        start, stop, end = self._claim_bounds(offset, length)
         claim = self._in_flight.enter(start, stop - start, serialising=True)
         try:
 """,
@@ -318,7 +324,7 @@ MUTANTS = [
     ),
     Mutant(
         "linked-before-written",
-        _NODE,
+        _WRITING,
         """
         length = min(len(view), ((cluster + run.clusters) << bits) - offset)
         try:
@@ -329,7 +335,7 @@ MUTANTS = [
         before = array("Q", entries)
         for at in range(run.clusters):
             entries[first + at] = run.offset + (at << bits) | COPIED
-        self._l2.mark_dirty(slice_)
+        self._reader.cache.mark_dirty(slice_)
         try:
             await self._fill(run, before, first, offset, view[:length])
 """,
@@ -337,7 +343,7 @@ MUTANTS = [
     ),
     Mutant(
         "filled-from-new-data",
-        _NODE,
+        _WRITING,
         """
         # What cannot be written in place, up to where it can again. Bad entries are found before anything is written.
 """,
@@ -351,7 +357,7 @@ MUTANTS = [
     ),
     Mutant(
         "reused-cluster-taken-for-blank",
-        _NODE,
+        _WRITING,
         """
             if blank and run.fresh and self._file.node.limits.reads_zero_when_new:
 """,
@@ -362,7 +368,7 @@ MUTANTS = [
     ),
     Mutant(
         "failed-write-keeps-its-entry",
-        _NODE,
+        _WRITING,
         """
             await self._fill(run, entries, first, offset, view[:length])
         except BaseException:
@@ -375,14 +381,14 @@ MUTANTS = [
         except BaseException:
             self._allocator.free(run.offset, run.clusters)
             entries[first] = run.offset | COPIED
-            self._l2.mark_dirty(slice_)
+            self._reader.cache.mark_dirty(slice_)
             raise
 """,
         "what a failed write had allocated is given back, and its entries stand as they were",
     ),
     Mutant(
         "failed-write-frees-what-was-set-aside",
-        _NODE,
+        _WRITING,
         """
             if not set_aside:
                 self._allocator.free(run.offset, run.clusters)
@@ -407,7 +413,7 @@ MUTANTS = [
     ),
     Mutant(
         "zeroed-cluster-used-in-part",
-        _NODE,
+        _WRITING,
         """
             run, old = Run(host, 1, fresh=False), [None]
 """,
@@ -418,20 +424,20 @@ MUTANTS = [
     ),
     Mutant(
         "kept-cluster-freed",
-        _NODE,
+        _WRITING,
         """
-                    if gone is not None and emptied <= ZERO_FLAG:
+                if gone is not None and emptied <= ZERO_FLAG:
 """,
         """
-                    if gone is not None:
+                if gone is not None:
 """,
         "a cluster that an entry still names is not free",
     ),
     Mutant(
         "discard-exposes-the-backing-file",
-        _NODE,
+        _WRITING,
         """
-        if not self._backed and (unmap or not entry):
+        if not self.backed and (unmap or not entry):
             return 0
 """,
         """
@@ -442,22 +448,22 @@ MUTANTS = [
     ),
     Mutant(
         "old-cluster-not-given-back",
-        _NODE,
+        _WRITING,
         """
-                    if gone is not None and emptied <= ZERO_FLAG:
-                        self._allocator.free(gone.first << bits, gone.clusters)
+                if gone is not None and emptied <= ZERO_FLAG:
+                    self._allocator.free(gone.first << bits, gone.clusters)
 """,
         """
-                    if gone is not None and emptied == ZERO_FLAG + 1:
-                        self._allocator.free(gone.first << bits, gone.clusters)
+                if gone is not None and emptied == ZERO_FLAG + 1:
+                    self._allocator.free(gone.first << bits, gone.clusters)
 """,
         "no cluster leaks while nothing fails",
     ),
     Mutant(
         "two-make-one-table",
-        _NODE,
+        _WRITING,
         """
-                await self._flights.run(index, lambda: self._make_table(index))
+                await self._tables.run(index, lambda: self._make_table(index))
                 continue
 """,
         """
@@ -468,7 +474,7 @@ MUTANTS = [
     ),
     Mutant(
         "table-linked-before-written",
-        _NODE,
+        _WRITING,
         """
         run = await self._allocator.allocate(1)
         try:
@@ -476,7 +482,7 @@ MUTANTS = [
 """,
         """
         run = await self._allocator.allocate(1)
-        self._l1[index] = run.offset | COPIED
+        image.l1[index] = run.offset | COPIED
         image.l1_dirty.add(index)
         try:
             await self._file.pwrite(run.offset, content)
@@ -485,7 +491,7 @@ MUTANTS = [
     ),
     Mutant(
         "links-more-than-it-got",
-        _NODE,
+        _WRITING,
         """
         for at in range(run.clusters):
             entries[first + at] = run.offset""",
@@ -643,5 +649,75 @@ MUTANTS = [
         tests=(
             "tests/unit/block/nodes/test_qcow2_power_cut.py::test_a_power_cut_while_the_refcount_table_moves_leaves_a_sound_image",
         ),
+    ),
+    Mutant(
+        "new-cluster-at-once-beside-a-reader",
+        _WRITING,
+        """
+            or self._in_flight.overlaps(cluster << bits, count << bits)
+""",
+        """
+            or self._in_flight.would_wait(cluster << bits, count << bits)
+""",
+        "a serialising write and every overlapping request wait for each other, also where the write is done at once",
+    ),
+    Mutant(
+        "new-cluster-at-once-in-a-shared-table",
+        _WRITING,
+        """
+            not self._image.l1[cluster >> self._reader.l2_bits] & COPIED
+            or self._in_flight""",
+        """
+            self._in_flight""",
+        "an L2 table that a snapshot has too is not changed",
+        tests=("tests/unit/block/test_at_once.py::test_new_clusters_wait_for_tables_and_commits",),
+    ),
+    Mutant(
+        "new-cluster-at-once-over-metadata",
+        _WRITING,
+        """
+        if run is None or run.clusters < count or not self._image.metadata.isdisjoint(self._hosts(run)):
+""",
+        """
+        if run is None or run.clusters < count:
+""",
+        "metadata is never handed out, whatever the refcounts say",
+        tests=("tests/unit/block/test_at_once.py::test_new_clusters_wait_for_tables_and_commits",),
+    ),
+    Mutant(
+        "half-written-at-once-taken-for-blank",
+        _WRITING,
+        """
+        self._allocator.take(run)
+        self._allocator.free(run.offset, run.clusters)
+""",
+        "",
+        "what a failed write left behind never shows",
+        tests=(
+            "tests/unit/block/test_at_once.py::test_a_write_at_once_that_fails_gives_its_clusters_back_and_leaves_nothing_to_be_seen",
+        ),
+    ),
+    Mutant(
+        "used-cluster-taken-for-blank-at-once",
+        _WRITING,
+        """
+            blank = run.fresh and self._file.node.limits.reads_zero_when_new
+""",
+        """
+            blank = self._file.node.limits.reads_zero_when_new
+""",
+        "a cluster that was used before is filled as a whole",
+    ),
+    Mutant(
+        "written-in-part-at-once",
+        _FILE_STORAGE,
+        """
+            self._pwrite(offset + count, memoryview(data)[count:])
+""",
+        """
+            return False
+""",
+        "what is said not to have been done was not done in part",
+        tests=("tests/unit/storage/test_file_storage.py::test_short_reads_and_writes_are_continued",),
     ),
 ]

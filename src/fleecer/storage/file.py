@@ -230,7 +230,7 @@ class FileStorage:
         if policy.quick_to_go or now_s - begun_s > policy.SLOW_S:
             policy.ended(begun_s, now_s)
         if count != length:
-            return False
+            self._pwrite(offset + count, memoryview(data)[count:])
         if offset + length > self.size:
             self.size = offset + length
         return True

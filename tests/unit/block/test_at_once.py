@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import random
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tests.fleecing_world import CLUSTER, World
-from tests.qcow2_world import guest, new_image, open_image
+from tests.qcow2_world import checked, guest, new_image, open_image
 
 from fleecer.block.edge import Edge
+from fleecer.block.inflight import InFlight
 from fleecer.block.nodes.file import FileNode
+from fleecer.block.nodes.qcow2 import Qcow2Node
 from fleecer.block.nodes.raw import RawNode
-from fleecer.errors import IoError
+from fleecer.errors import CorruptImage, IoError
 from fleecer.formats.qcow2.tables import COPIED
 from fleecer.ranges import Buffer
 from fleecer.testing.memory import MemoryNode, MemoryStorage
@@ -158,6 +162,141 @@ async def test_a_write_at_once_needs_all_its_clusters_in_a_row_and_its_own() -> 
     node._image.metadata.add(node._slices[next(iter(node._slices))].data[1] & ~COPIED)
     assert not edge.try_pwrite(0, b"y" * 2 * cluster), "where metadata is"
     assert await edge.pread(0, MiB) == before
+
+
+async def image_with_a_table(size: int = MiB, **options: Any) -> tuple[Qcow2Node, MemoryStorage]:
+    """An image whose first cluster is written, so that its tables are there and in memory."""
+    storage = await new_image(size)
+    node = await open_image(storage, **options)
+    await guest(node).pwrite(0, b"x" * 64 * KiB)
+    return node, storage
+
+
+@pytest.mark.parametrize("backed", [False, True])
+async def test_new_clusters_are_written_at_once_with_what_was_there_around(*, backed: bool) -> None:
+    cluster = 64 * KiB
+    generator = random.Random(3)
+    below = generator.randbytes(MiB)
+    node, storage = await image_with_a_table(backing=MemoryStorage(below) if backed else None)
+    edge = guest(node)
+    expected = bytearray(below if backed else bytes(MiB))
+    expected[:cluster] = b"x" * cluster
+    for offset, length in [(cluster + 512, 100), (2 * cluster, cluster), (4 * cluster, 3 * cluster), (MiB - 1, 1)]:
+        data = generator.randbytes(length)
+        assert edge.try_pwrite(offset, data)
+        expected[offset : offset + length] = data
+    data = generator.randbytes(100)
+    assert not edge.try_pwrite(9 * cluster - 50, data), "parts of two clusters"
+    await edge.pwrite(9 * cluster - 50, data)
+    expected[9 * cluster - 50 : 9 * cluster + 50] = data
+    assert bytes(await edge.pread(0, MiB)) == bytes(expected)
+    await node.close()
+    report = await checked(storage)
+    assert (report.corruptions, report.leaks) == (0, 0)
+
+
+async def test_a_new_cluster_is_not_written_at_once_while_anybody_uses_the_old_one() -> None:
+    node, _ = await image_with_a_table(backing=MemoryStorage(b"o" * MiB))
+    edge = guest(node)
+    reader = node._in_flight.enter(64 * KiB, 64 * KiB)
+    assert not edge.try_pwrite(64 * KiB, b"n")
+    writing = asyncio.create_task(edge.pwrite(64 * KiB, b"n", serialising=True))
+    await asyncio.sleep(0)
+    assert not writing.done(), "it and the reader wait for each other"
+    assert edge.try_pwrite(128 * KiB, b"n"), "another cluster is another matter"
+    node._in_flight.leave(reader)
+    await writing
+    assert await edge.pread(64 * KiB, 2) == b"no"
+
+
+async def test_a_serialising_write_to_new_clusters_needs_no_claim_where_it_is_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    node, _ = await image_with_a_table()
+    edge = guest(node)
+    with monkeypatch.context() as patched:
+        patched.delattr(InFlight, "enter")
+        await edge.pwrite(64 * KiB, b"n" * 128 * KiB, serialising=True)
+    assert edge.try_pread(64 * KiB, 1) == b"n"
+
+
+async def test_nothing_is_allocated_for_a_write_that_could_not_be_done_at_once() -> None:
+    held = Held()
+    below = MemoryStorage(b"o" * MiB, pause=held)
+    node, storage = await image_with_a_table(backing=below)
+    edge = guest(node)
+    before = storage.size
+    for _ in range(5):
+        assert not edge.try_pwrite(64 * KiB, b"n"), "the backing node has to be waited for"
+    below.pause = None
+    assert edge.try_pwrite(64 * KiB, b"n")
+    assert await edge.pread(64 * KiB, 2) == b"no"
+    assert storage.size == before + 64 * KiB
+    await node.close()
+    report = await checked(storage)
+    assert (report.corruptions, report.leaks) == (0, 0)
+
+
+async def test_a_write_at_once_that_fails_gives_its_clusters_back_and_leaves_nothing_to_be_seen() -> None:
+    class Full(MemoryStorage):
+        """Writes half of what is whole sectors, and fails."""
+
+        fails = False
+
+        def _put(self, offset: int, data: Buffer) -> None:
+            if self.fails and len(data) >= 512:
+                super()._put(offset, data[: len(data) // 2])
+                raise IoError(errno.ENOSPC, self.name, "write", offset, len(data))
+            super()._put(offset, data)
+
+    storage = Full(0, name="image")
+    await new_image(MiB, storage)
+    node = await open_image(storage)
+    edge = guest(node)
+    await edge.pwrite(0, b"x" * 64 * KiB)
+    storage.fails = True
+    for data in (b"y" * 4096, b"y" * 64 * KiB, b"y" * 128 * KiB):
+        with pytest.raises(IoError):
+            edge.try_pwrite(64 * KiB, data)
+    storage.fails = False
+    assert not any(await edge.pread(64 * KiB, 256 * KiB))
+    for number in range(1, 8):
+        await edge.pwrite(number * 64 * KiB + 100, b"part")
+    expected = (bytes(100) + b"part").ljust(64 * KiB, b"\0")
+    assert bytes(await edge.pread(64 * KiB, 7 * 64 * KiB)) == expected * 7, "what was half written shows"
+    await node.close()
+    report = await checked(storage)
+    assert (report.corruptions, report.leaks) == (0, 0)
+
+
+async def test_a_used_cluster_is_not_taken_for_blank_at_once() -> None:
+    node, _ = await image_with_a_table()
+    edge = guest(node)
+    await edge.discard(0, 64 * KiB)
+    await edge.flush()
+    assert not edge.try_pwrite(64 * KiB, b"n"), "the rest of it would show what was there"
+    await edge.pwrite(64 * KiB, b"n")
+    assert bytes(await edge.pread(64 * KiB, 64 * KiB)) == b"n".ljust(64 * KiB, b"\0")
+
+
+async def test_new_clusters_wait_for_tables_and_commits() -> None:
+    node = await open_image(await new_image(MiB))
+    edge = guest(node)
+    assert not edge.try_pwrite(0, b"n"), "there is no table yet"
+    await edge.pwrite(0, b"n")
+    table = node._l1[0]
+    node._l1[0] &= ~COPIED
+    assert not edge.try_pwrite(64 * KiB, b"n"), "the table is shared with a snapshot"
+    node._l1[0] = table
+    node._commits._maps_dirty_max = 0
+    assert not edge.try_pwrite(64 * KiB, b"n"), "so much is dirty that a commit comes first"
+    node._commits._maps_dirty_max = MiB
+    run = node._writer._allocator.find(1)
+    assert run is not None
+    node._image.metadata.add(run.offset)
+    assert not edge.try_pwrite(64 * KiB, b"n"), "refcounts call free what is metadata"
+    with pytest.raises(CorruptImage):
+        await edge.pwrite(64 * KiB, b"n")
 
 
 # What is begun without a coroutine.

@@ -313,16 +313,22 @@ async def test_short_reads_and_writes_are_continued(
     monkeypatch.setattr(os, "pwrite", short_pwrite)
     monkeypatch.setattr(os, "preadv", short_preadv)
     data = random.Random(2).randbytes(10_000)
-    assert storage.try_pwrite(0, data) is False
     await storage.pwrite(77, data)
     assert read_at_once(storage, 77, 10_000) is None
     assert await storage.pread(77, 10_000) == data
+    # "Done" means all of it, and "not done" nothing, also past the end.
+    assert storage.try_pwrite(SIZE - 5_000, data) is True
+    assert storage.size == SIZE + 5_000
+    assert await storage.pread(SIZE - 5_000, 10_000) == data
 
 
 async def test_a_write_of_nothing_is_an_error(storage: FileStorage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "pwrite", lambda fd, data, offset: 0)
     with pytest.raises(IoError) as caught:
         await storage.pwrite(0, b"x")
+    assert caught.value.errno == errno.EIO
+    with pytest.raises(IoError) as caught:
+        storage.try_pwrite(0, b"x")
     assert caught.value.errno == errno.EIO
 
 

@@ -139,11 +139,12 @@ class _Walk:
         what = f"L2 table at {offset}"
         self.refer(offset >> self.header.cluster_bits, 1, weight, what)
         data = yield Read(offset, self.header.cluster_size)
-        for at, entry in enumerate(decode_table(data)):
+        entries = self.mapping.decode(data)
+        for at, entry in enumerate(entries):
             if not entry:
                 continue
             try:
-                found = self.mapping.host_clusters(entry, at, self.file_size)
+                found = self.mapping.host_clusters(entries, at, at, self.file_size)
             except CorruptImage as error:
                 self.report.corrupt(f"{what}: {error.problem}")
             else:

@@ -82,6 +82,9 @@ def encode_table(entries: array[int]) -> bytes:
 class Mapping:
     """One image's rules for L1 and L2 entries. It holds no entries, only what the header says about them."""
 
+    entry_bits = 3
+    """An L2 entry has 1 << `entry_bits` bytes."""
+
     def __init__(self, header: Header, path: str) -> None:
         self.path = path
         self.cluster_bits = header.cluster_bits
@@ -92,6 +95,14 @@ class Mapping:
         self._standard_odd_bits = self.odd_bits & ~(ZERO_FLAG if self.has_zero_flag else 0)
         self._size_shift = 62 - (header.cluster_bits - 8)
         self._sectors_mask = (1 << (header.cluster_bits - 8)) - 1
+
+    def decode(self, data: Buffer) -> array[int]:
+        """L2 entries as an array, by the number of their cluster."""
+        return decode_table(data)
+
+    def encode(self, entries: array[int]) -> bytes:
+        """What `decode` took, as it stands in the file."""
+        return encode_table(entries)
 
     def table_offset(self, entry: int, l1_index: int, file_end: int) -> int:
         """Host offset of the L2 table that an L1 entry names, 0 where there is none."""
@@ -165,35 +176,39 @@ class Mapping:
             length -= take
             skip = 0
 
-    def in_place(self, entries: array[int], first: int, count: int, file_end: int) -> tuple[int, int]:
-        """How many of `count` clusters, from `entries[first]` on, can be overwritten where they are, in one write.
-
-        Returns the first one's host offset and the number, (0, 0) if the first cluster cannot.
+    def in_place(self, entries: array[int], first: int, skip: int, length: int, file_end: int) -> tuple[int, int]:
+        """Where bytes can be overwritten as they are, and how many in one write: of `length` bytes from `skip` bytes
+        into the cluster of `entries[first]` on, which end inside `entries`. (0, 0) if it cannot be done at their start.
         """
         odd = self.odd_bits
         entry = entries[first]
         host = entry & ~COPIED
         if not entry & COPIED or host & odd or not host or host >= file_end:
             return 0, 0
-        size = self.cluster_size
-        run = 1
-        entry += size
-        while run < count and entries[first + run] == entry and host + run * size < file_end:
-            run += 1
+        size = stop = self.cluster_size
+        end = skip + length
+        while stop < end:
+            first += 1
             entry += size
-        return host, run
+            if entries[first] != entry or host + stop >= file_end:
+                return host + skip, stop - skip
+            stop += size
+        return host + skip, length
 
-    def host_clusters(self, entry: int, cluster: int, file_end: int) -> HostClusters | None:
-        """The host clusters that an L2 entry refers to, None if it has none."""
-        bits = self.cluster_bits
+    def host_clusters(self, entries: array[int], index: int, cluster: int, file_end: int) -> HostClusters | None:
+        """The host clusters that an L2 entry refers to, None if it has none. `cluster` is as for `plan`."""
+        entry = entries[index]
         if entry & COMPRESSED:
-            host, length = self.compressed(entry, cluster, file_end)
-            first = host >> bits
-            return HostClusters(first, ((host + length - 1) >> bits) - first + 1)
+            return self._compressed_clusters(entry, cluster, file_end)
         host = self.standard(entry, cluster)
         if host >= file_end and not entry & ZERO_FLAG:
             raise self._past_end(cluster, host, file_end)
-        return HostClusters(host >> bits, 1) if host else None
+        return HostClusters(host >> self.cluster_bits, 1) if host else None
+
+    def _compressed_clusters(self, entry: int, cluster: int, file_end: int) -> HostClusters:
+        host, length = self.compressed(entry, cluster, file_end)
+        first = host >> self.cluster_bits
+        return HostClusters(first, ((host + length - 1) >> self.cluster_bits) - first + 1)
 
     def _past_end(self, cluster: int, host: int, file_end: int) -> CorruptImage:
         return CorruptImage(self.path, f"cluster {cluster} at {host} is past the file's end at {file_end}")

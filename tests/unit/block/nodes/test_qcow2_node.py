@@ -35,10 +35,10 @@ async def held_image(size: int = 16 * CLUSTER, **options: Any) -> HeldStorage:
 
 def l2_entry(node: Qcow2Node, cluster: int) -> int:
     """The entry in memory of a cluster whose slice is cached."""
-    table = node._l1[cluster >> node._l2_bits] & OFFSET_MASK
-    per_slice = node._l2.slice_bytes // 8
-    number, at = divmod(cluster & (1 << node._l2_bits) - 1, per_slice)
-    return node._l2.slices[table + number * node._l2.slice_bytes].data[at]
+    table = node._l1[cluster >> node._reader.l2_bits] & OFFSET_MASK
+    per_slice = node._reader.cache.slice_bytes // 8
+    number, at = divmod(cluster & (1 << node._reader.l2_bits) - 1, per_slice)
+    return node._reader.cache.slices[table + number * node._reader.cache.slice_bytes].data[at]
 
 
 def patched(storage: MemoryStorage, offset: int, value: int) -> None:
@@ -150,7 +150,7 @@ async def test_a_table_that_moves_while_a_reader_loads_it_is_looked_up_again() -
     patched(storage, header.l1_table_offset, l2)  # not COPIED: the next write moves the table
     node = await open_image(storage)
     edge = guest(node)
-    load, reached, released = node._l2._read, asyncio.Event(), asyncio.Event()
+    load, reached, released = node._reader.cache._read, asyncio.Event(), asyncio.Event()
 
     async def late(offset: int) -> array[int]:
         if offset == l2 and not released.is_set():
@@ -158,7 +158,7 @@ async def test_a_table_that_moves_while_a_reader_loads_it_is_looked_up_again() -
             await released.wait()
         return await load(offset)
 
-    node._l2._read = late
+    node._reader.cache._read = late
     reader = asyncio.ensure_future(edge.pread(0, CLUSTER))
     await reached.wait()
     await edge.pwrite(CLUSTER, NEW, serialising=True)
@@ -193,7 +193,7 @@ async def test_clusters_are_handed_out_once_while_the_refcount_structure_grows()
     storage.pause = random_turns(3, 2)
     node = await open_image(storage)
     await guest(node).pwrite(0, b"first")
-    tasks = [node._allocator.allocate(1) for _ in range(300)]
+    tasks = [node._writer._allocator.allocate(1) for _ in range(300)]
     offsets = [run.offset for run in await asyncio.gather(*tasks)]
     assert len(set(offsets)) == 300
     assert not node._image.metadata.intersection(offsets)
@@ -201,7 +201,7 @@ async def test_clusters_are_handed_out_once_while_the_refcount_structure_grows()
     assert len(blocks) >= 4
     assert [storage.written.count((block, 512)) for block in blocks] == [1] * len(blocks)
     for offset in offsets:
-        node._allocator.free(offset)
+        node._writer._allocator.free(offset)
     await node.close()
     storage.pause = None
     report = await checked(storage)
@@ -362,8 +362,8 @@ async def test_too_much_dirty_metadata_forces_a_commit() -> None:
     node = await open_image(storage, l2_cache_bytes=16 * KiB, refcount_cache_bytes=16 * KiB)
     for cluster in range(0, 4 * MiB, 32 * KiB):
         await guest(node).pwrite(cluster, b"x" * 512)
-        assert node._l2.dirty_bytes <= 5 * KiB
-        assert len(node._l2.slices) <= 32
+        assert node._reader.cache.dirty_bytes <= 5 * KiB
+        assert len(node._reader.cache.slices) <= 32
     await node.close()
     assert not (await checked(storage)).corruptions
 
@@ -473,7 +473,7 @@ async def test_failed_writes_while_the_refcount_structure_grows_can_be_tried_aga
     edge = guest(node)
     failures = 0
     for at, start in enumerate(range(0, 4 * MiB, 16 * KiB)):
-        storage.left = 1 + at % 11 if node._allocator.cache.dirty_bytes < 256 * KiB else 1 << 30
+        storage.left = 1 + at % 11 if node._writer._allocator.cache.dirty_bytes < 256 * KiB else 1 << 30
         data = struct.pack("<Q", start + 1) * (2 * KiB)
         try:
             await edge.pwrite(start, data)

@@ -59,7 +59,7 @@ async def test_the_frees_of_a_huge_discard_let_others_work_while_they_are_commit
     await edge.pwrite(0, b"x" * (20 * MiB))
     await node.flush()
     await edge.discard(0, 20 * MiB)
-    freed = sum(count for _, count in node._allocator.freed)
+    freed = sum(count for _, count in node._writer._allocator.freed)
     assert freed == 20 * MiB // 512
     assert await turns_beside(node.flush(), edge) >= 2 * (freed // 4096)
     assert not any(await edge.pread(0, 20 * MiB))

@@ -95,9 +95,9 @@ def test_a_compressed_cluster_is_described_by_bytes() -> None:
     # x = 62 - (12 - 8) = 58: the offset below, the number of further sectors above.
     entry = COMPRESSED | 2 << 58 | 0x12345
     assert plans([entry], 10, 100) == [Compressed(0x12345, 3 * 512 - 0x145, 10, 100)]
-    clusters = mapping().host_clusters(entry, 0, END)
+    clusters = mapping().host_clusters(array("Q", [entry]), 0, 0, END)
     assert clusters == (0x12, 1)
-    assert mapping().host_clusters(COMPRESSED | 2 << 58 | 0x12E00, 0, END) == (0x12, 2)
+    assert mapping().host_clusters(array("Q", [COMPRESSED | 2 << 58 | 0x12E00]), 0, 0, END) == (0x12, 2)
 
 
 @pytest.mark.parametrize(
@@ -117,11 +117,13 @@ def test_version_2_has_no_zero_flag() -> None:
 
 def test_only_copied_clusters_can_be_written_in_place_and_runs_end_at_others() -> None:
     entries = array("Q", [8 * C | COPIED, 9 * C | COPIED, 10 * C, 12 * C | COPIED, 13 * C | COPIED | ZERO_FLAG])
-    assert mapping().in_place(entries, 0, 5, END) == (8 * C, 2)
-    assert mapping().in_place(entries, 0, 1, END) == (8 * C, 1)
-    assert mapping().in_place(entries, 2, 3, END) == (0, 0)
-    assert mapping().in_place(entries, 3, 2, END) == (12 * C, 1)
-    assert mapping().in_place(entries, 0, 5, 9 * C) == (8 * C, 1)
+    assert mapping().in_place(entries, 0, 0, 5 * C, END) == (8 * C, 2 * C)
+    assert mapping().in_place(entries, 0, 100, 5 * C - 100, END) == (8 * C + 100, 2 * C - 100)
+    assert mapping().in_place(entries, 0, 1, C, END) == (8 * C + 1, C), "it may end inside a cluster"
+    assert mapping().in_place(entries, 0, 0, 1, END) == (8 * C, 1)
+    assert mapping().in_place(entries, 2, 0, 3 * C, END) == (0, 0)
+    assert mapping().in_place(entries, 3, 0, 2 * C, END) == (12 * C, C)
+    assert mapping().in_place(entries, 0, 0, 5 * C, 9 * C) == (8 * C, C)
 
 
 @given(st.lists(st.integers(0, (1 << 64) - 1), max_size=20))

@@ -65,28 +65,44 @@ class Allocator:
         It waits only where refcounts must be read or the structure must grow. Raises CorruptImage or IoError; then
         nothing is allocated.
         """
+        while True:
+            run = self.find(most)
+            if run is None:
+                index = self._cursor
+                await self._cover(index // self._per_block)
+                await self._fetch(index)
+                continue
+            await self._check_free(run.offset >> self._bits, run.clusters)
+            self.take(run)
+            return run
+
+    def find(self, most: int) -> Run | None:
+        """What `allocate` would, but it is allocated by `take` only; None where that would have to wait.
+
+        It is good until something else is allocated or the caller gives way. Whether it is metadata was not looked at.
+        """
         width = self._width
         while True:
             index = self._cursor
             slice_ = self._cached(index)
             if slice_ is None:
-                await self._cover(index // self._per_block)
-                await self._fetch(index)
-                continue
+                return None
             at = index % self._per_slice
             free = width.find_free(slice_.data, at)
-            if free < 0:
-                self._cursor = index - at + self._per_slice
-                continue
-            count = width.free_run(slice_.data, free, most)
-            first = index - at + free
-            await self._check_free(first, count)
-            width.put_ones(slice_.data, free, count)
-            self.cache.mark_dirty(slice_)
-            self._cursor = first + count
-            fresh = first >= self._written_end
-            self._written_end = max(self._written_end, first + count)
-            return Run(first << self._bits, count, fresh)
+            if free >= 0:
+                first = index - at + free
+                return Run(first << self._bits, width.free_run(slice_.data, free, most), first >= self._written_end)
+            self._cursor = index - at + self._per_slice
+
+    def take(self, run: Run) -> None:
+        """Allocates what `find` has just found."""
+        first, count = run.offset >> self._bits, run.clusters
+        slice_ = self._cached(first)
+        assert slice_ is not None, "the refcounts of what was found are in memory"
+        self._width.put_ones(slice_.data, first % self._per_slice, count)
+        self.cache.mark_dirty(slice_)
+        self._cursor = first + count
+        self._written_end = max(self._written_end, first + count)
 
     async def _check_free(self, first: int, count: int) -> None:
         # Waits only when it raises.

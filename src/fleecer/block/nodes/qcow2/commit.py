@@ -134,7 +134,7 @@ class Committer:
         batch = _Batch(
             [(slice_.offset, bytes(slice_.data)) for slice_ in counts],
             _sectors(image.refcount_table, allocator.table_dirty, image.refcount_table_offset),
-            [(slice_.offset, encode_table(slice_.data)) for slice_ in maps],
+            [(slice_.offset, image.mapping.encode(slice_.data)) for slice_ in maps],
             _sectors(image.l1, image.l1_dirty, image.header.l1_table_offset),
             allocator.take_freed(),
             [*counts, *maps],

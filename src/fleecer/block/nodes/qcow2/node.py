@@ -13,40 +13,27 @@ Invariants:
 
 from __future__ import annotations
 
-import asyncio
 import functools
 from array import array
 
-from fleecer import spares
 from fleecer.block.edge import Edge
 from fleecer.block.inflight import InFlight
 from fleecer.block.node import HOLE, ZERO, Extent, Limits, Node, Problem, merge_extents
-from fleecer.block.nodes.qcow2.allocator import Allocator, Run
-from fleecer.block.nodes.qcow2.backing import backing_status, read_backing
+from fleecer.block.nodes.qcow2.allocator import Allocator
+from fleecer.block.nodes.qcow2.backing import backing_status
 from fleecer.block.nodes.qcow2.commit import Committer
 from fleecer.block.nodes.qcow2.image import Image
-from fleecer.block.nodes.qcow2.metadata import SingleFlight, Slice, SliceCache
+from fleecer.block.nodes.qcow2.metadata import SingleFlight, Slice
+from fleecer.block.nodes.qcow2.reading import Reader
+from fleecer.block.nodes.qcow2.writing import Writer
 from fleecer.errors import CorruptImage
 from fleecer.formats.qcow2.header import COMPRESSION_ZSTD, LAZY_REFCOUNTS
-from fleecer.formats.qcow2.tables import (
-    COMPRESSED,
-    COPIED,
-    ZERO_FLAG,
-    Backing,
-    Compressed,
-    Data,
-    Plan,
-    Zero,
-    decode_table,
-    join_backing,
-)
-from fleecer.ranges import PIECE_BYTES, Buffer, ReadAtOnce, WriteAtOnce, align_down, align_up, ends_piece, zeroes
+from fleecer.formats.qcow2.tables import COPIED, Backing, Data, Zero
+from fleecer.ranges import PIECE_BYTES, Buffer, ReadAtOnce, WriteAtOnce, align_down, align_up
 from fleecer.storage.api import ReadEnded
 
-SLICE_BYTES_MAX = 4096
 STATUS_EXTENTS_MAX = 4096
 STATUS_ENTRIES_MAX = 32768
-_SLICES_BETWEEN_TURNS = 64
 _OTHER_BITS = COPIED - 1
 
 
@@ -56,8 +43,6 @@ class Qcow2Node(Node):
     driver = "qcow2"
 
     __slots__ = (
-        "_allocator",
-        "_backed",
         "_backing",
         "_cluster_bits",
         "_cluster_mask",
@@ -69,14 +54,14 @@ class Qcow2Node(Node):
         "_image",
         "_in_flight",
         "_l1",
-        "_l2",
         "_l2_bits",
         "_odd_bits",
         "_offset_in_cluster",
-        "_slice_bits",
+        "_reader",
         "_slice_mask",
         "_slice_start_mask",
         "_slices",
+        "_writer",
     )
 
     def __init__(
@@ -107,31 +92,29 @@ class Qcow2Node(Node):
         self._file = image.file
         self._file_end = image.file.size
         self._backing = backing
-        # What is not allocated may be the backing file's, now, or when the image is next opened over it.
-        self._backed = backing is not None or header.backing_file is not None
         self._cluster_bits = header.cluster_bits
         self._cluster_size = header.cluster_size
         self._cluster_mask = -header.cluster_size
         self._offset_in_cluster = header.cluster_size - 1
         self._odd_bits = image.mapping.odd_bits
-        self._l1 = image.l1
-        self._l2_bits = header.cluster_bits - 3
-        slice_bytes = min(SLICE_BYTES_MAX, header.cluster_size)
-        self._slice_bits = (slice_bytes // 8).bit_length() - 1
-        self._slice_mask = (1 << self._slice_bits) - 1
-        self._slice_start_mask = header.cluster_size - slice_bytes
-        self._l2: SliceCache[array[int]] = SliceCache(slice_bytes, l2_cache_bytes, self._load_slice)
-        self._slices = self._l2.slices
-        self._allocator = Allocator(image, cache_bytes=refcount_cache_bytes, discard_freed=discard_freed)
+        self._in_flight = InFlight(serialise=serialise)
+        self._flights = SingleFlight()
+        self._reader = reader = Reader(image, backing, l2_cache_bytes)
+        allocator = Allocator(image, cache_bytes=refcount_cache_bytes, discard_freed=discard_freed)
         self._commits = Committer(
             image,
-            self._l2,
-            self._allocator,
+            reader.cache,
+            allocator,
             l2_cache_bytes=l2_cache_bytes,
             refcount_cache_bytes=refcount_cache_bytes,
         )
-        self._in_flight = InFlight(serialise=serialise)
-        self._flights = SingleFlight()
+        self._writer = Writer(image, reader, backing, allocator, self._commits, self._in_flight)
+        # What most requests need is at hand here.
+        self._l1 = image.l1
+        self._slices = reader.cache.slices
+        self._l2_bits = reader.l2_bits
+        self._slice_mask = reader.slice_mask
+        self._slice_start_mask = reader.slice_start_mask
 
     # The six operations.
 
@@ -166,46 +149,10 @@ class Qcow2Node(Node):
         return host + inner if not odd and (end <= self._file_end or self._is_in_file(end)) else 0
 
     def _read_parts_at_once(self, read: ReadAtOnce, offset: int, into: memoryview) -> bool:
-        """As `_read`, where nothing of it has to wait."""
-        length = len(into)
-        start, stop, _ = self._claim_bounds(offset, length)
-        if length > PIECE_BYTES or self._in_flight.would_wait(start, stop - start):
+        start, stop, _ = self._claim_bounds(offset, len(into))
+        if len(into) > PIECE_BYTES or self._in_flight.would_wait(start, stop - start):
             return False
-        plans = self._plan_at_once(offset, length)
-        if plans is not None and len(plans) == 1:
-            return self._carry_out_at_once(read, plans[0], offset, into)
-        at = 0
-        for plan in plans or ():
-            if not self._carry_out_at_once(read, plan, offset + at, into[at : at + plan.length]):
-                return False
-            at += plan.length
-        return plans is not None
-
-    def _plan_at_once(self, offset: int, length: int) -> list[Plan] | None:
-        """As `_plan`; None where a slice is not in memory."""
-        plans: list[Plan] = []
-        end = offset + length
-        while offset < end:
-            cluster = offset >> self._cluster_bits
-            index = cluster >> self._l2_bits
-            slice_ = None
-            if table := self._image.mapping.table_offset(self._l1[index], index, self._file.size):
-                slice_ = self._slices.get(table + (cluster << 3 & self._slice_start_mask))
-                if slice_ is None:
-                    return None
-                slice_.used = True
-            offset = self._plan_part(plans, slice_, offset, end)
-        return plans
-
-    def _carry_out_at_once(self, read: ReadAtOnce, plan: Plan, offset: int, into: memoryview) -> bool:
-        if isinstance(plan, Data):
-            return plan.host_offset + plan.length <= self._file_end and read(plan.host_offset, into)
-        if isinstance(plan, Backing) and self._backing is not None:
-            return self._backing.try_pread_into(offset, into)
-        if isinstance(plan, Compressed):
-            return False
-        into[:] = zeroes(plan.length)
-        return True
+        return self._reader.read_at_once(read, offset, into)
 
     def begin_pread(self, offset: int, length: int, ended: ReadEnded) -> bool:
         """See `Node.begin_pread`: a range in a row in the file or in the backing node, whose slices are in memory."""
@@ -215,7 +162,7 @@ class Qcow2Node(Node):
             return False
         child, place = self._file, self._place_in_file(offset, length)
         if not place:
-            plans = self._plan_at_once(offset, length)
+            plans = self._reader.plan_at_once(offset, length)
             if plans is None or len(plans) != 1:
                 return False
             if isinstance(plan := plans[0], Data):
@@ -249,19 +196,22 @@ class Qcow2Node(Node):
             or host in image.metadata
             or self._in_flight.would_wait(cluster << bits, self._cluster_size)
         ):
-            return False
+            return self._writer.write_new_at_once(slice_, offset, data)
         return write(host + inner, data)
 
     def _write_run_at_once(self, write: WriteAtOnce, slice_: Slice[array[int]], offset: int, data: Buffer) -> bool:
-        start, stop, _ = self._claim_bounds(offset, len(data))
-        first, count = start >> self._cluster_bits & self._slice_mask, stop - start >> self._cluster_bits
-        if first + count > len(slice_.data) or self._in_flight.would_wait(start, stop - start):
+        length = len(data)
+        start, stop, _ = self._claim_bounds(offset, length)
+        first = start >> self._cluster_bits & self._slice_mask
+        ends_in_slice = first + (stop - start >> self._cluster_bits) <= self._slice_mask + 1
+        if not ends_in_slice or self._in_flight.would_wait(start, stop - start):
             return False
         file_end = self._file_end = self._file.size
-        host, run = self._image.mapping.in_place(slice_.data, first, count, file_end)
-        if run < count or not self._image.metadata.isdisjoint(range(host, host + stop - start, self._cluster_size)):
-            return False
-        return write(host + offset - start, data)
+        host, run = self._image.mapping.in_place(slice_.data, first, offset - start, length, file_end)
+        if not run:
+            return self._writer.write_new_at_once(slice_, offset, data)
+        clusters = range(host & self._cluster_mask, host + length, self._cluster_size)
+        return run == length and self._image.metadata.isdisjoint(clusters) and write(host, data)
 
     def _is_in_file(self, end: int) -> bool:
         """Whether the file, which may have grown, reaches up to `end`."""
@@ -275,7 +225,7 @@ class Qcow2Node(Node):
         try:
             if claim.blockers:
                 await claim.granted()
-            return await self._read(offset, length)
+            return await self._reader.read(offset, length)
         finally:
             self._in_flight.leave(claim)
 
@@ -285,12 +235,14 @@ class Qcow2Node(Node):
             await self._prepare()
         start, stop, _ = self._claim_bounds(offset, len(data))
         in_flight = self._in_flight
+        if serialising and self._write_alone_at_once(offset, data):
+            return
         if not serialising and not self._needs_new(offset):
             claim = in_flight.enter(start, stop - start)
             try:
                 if claim.blockers:
                     await claim.granted()
-                if await self._write_in_place(offset, data):
+                if await self._writer.write_in_place(offset, data):
                     return
             finally:
                 in_flight.leave(claim)
@@ -298,15 +250,22 @@ class Qcow2Node(Node):
         try:
             if claim.blockers:
                 await claim.granted()
-            await self._write(offset, memoryview(data))
+            await self._writer.write(offset, memoryview(data))
         finally:
             in_flight.leave(claim)
+
+    def _write_alone_at_once(self, offset: int, data: Buffer) -> bool:
+        """A serialising write to new clusters: who is alone and does not wait needs no claim."""
+        cluster, last = offset >> self._cluster_bits, offset + len(data) - 1 >> self._cluster_bits
+        slice_ = self._reader.slice_in_memory(cluster)
+        if slice_ is None or (cluster ^ last) & ~self._slice_mask:
+            return False
+        return self._writer.write_new_at_once(slice_, offset, data)
 
     def _needs_new(self, offset: int) -> bool:
         """Whether the cluster there cannot be written in place as it is now, as far as that is in memory."""
         cluster = offset >> self._cluster_bits
-        table = self._l1[cluster >> self._l2_bits] & _OTHER_BITS
-        slice_ = self._slices.get(table + (cluster << 3 & self._slice_start_mask))
+        slice_ = self._reader.slice_in_memory(cluster)
         return slice_ is not None and not slice_.data[cluster & self._slice_mask] & COPIED
 
     async def zero(self, offset: int, length: int, unmap: bool = True, serialising: bool = False) -> None:
@@ -318,15 +277,15 @@ class Qcow2Node(Node):
         try:
             if claim.blockers:
                 await claim.granted()
-            first = align_up(offset, self._cluster_size)
-            last = end if end == self.size else align_down(end, self._cluster_size)
-            whole = first < last and (self._image.mapping.has_zero_flag or (unmap and not self._backed))
+            first, last = self._whole_units(offset, end)
+            writer = self._writer
+            whole = first < last and (self._image.mapping.has_zero_flag or (unmap and not writer.backed))
             if not whole:
-                await self._write_zeroes(offset, end)
+                await writer.write_zeroes(offset, end)
                 return
-            await self._write_zeroes(offset, first)
-            await self._empty_clusters(first, last, unmap=unmap)
-            await self._write_zeroes(last, end)
+            await writer.write_zeroes(offset, first)
+            await writer.empty(first, last, unmap=unmap)
+            await writer.write_zeroes(last, end)
         finally:
             self._in_flight.leave(claim)
 
@@ -334,16 +293,15 @@ class Qcow2Node(Node):
         """See `Node.discard`. Whole clusters read as zero afterwards; version 2 over a backing node keeps them."""
         if not self._image.accepts_writes:
             await self._prepare()
-        _, _, end = self._claim_bounds(offset, length)
-        first = align_up(offset, self._cluster_size)
-        last = end if end == self.size else align_down(end, self._cluster_size)
-        if first >= last or (self._backed and not self._image.mapping.has_zero_flag):
+        first, last = self._whole_units(offset, offset + length)
+        if first >= last or (self._writer.backed and not self._image.mapping.has_zero_flag):
             return
-        claim = self._in_flight.enter(first, align_up(last, self._cluster_size) - first, serialising=True)
+        start, stop, _ = self._claim_bounds(first, last - first)
+        claim = self._in_flight.enter(start, stop - start, serialising=True)
         try:
             if claim.blockers:
                 await claim.granted()
-            await self._empty_clusters(first, last, unmap=True)
+            await self._writer.empty(first, last, unmap=True)
         finally:
             self._in_flight.leave(claim)
 
@@ -360,7 +318,7 @@ class Qcow2Node(Node):
             if claim.blockers:
                 await claim.granted()
             extents: list[Extent] = []
-            for plan in await self._plan(offset, length, STATUS_ENTRIES_MAX):
+            for plan in await self._reader.plan(offset, length, STATUS_ENTRIES_MAX):
                 if isinstance(plan, Backing):
                     extents.extend(await backing_status(self._backing, offset, plan.length, STATUS_EXTENTS_MAX))
                 elif isinstance(plan, Zero):
@@ -397,304 +355,11 @@ class Qcow2Node(Node):
         while not self._image.accepts_writes:
             await self._flights.run("prepare", self._image.prepare_writing)
 
+    def _whole_units(self, offset: int, end: int) -> tuple[int, int]:
+        """Where what can be emptied by entries alone begins in the range, and where it ends."""
+        unit = self._writer.unit_bytes
+        return align_up(offset, unit), end if end == self.size else align_down(end, unit)
+
     def _claim_bounds(self, offset: int, length: int) -> tuple[int, int, int]:
         """The range rounded outward to clusters, and its own end."""
         return align_down(offset, self._cluster_size), align_up(offset + length, self._cluster_size), offset + length
-
-    # Look-up.
-
-    async def _load_slice(self, offset: int) -> array[int]:
-        return decode_table(await self._image.read(offset, self._l2.slice_bytes))
-
-    async def _slice(self, cluster: int) -> Slice[array[int]] | None:
-        """The slice with the entry of a guest cluster, None if there is no L2 table. It is current until a wait."""
-        index = cluster >> self._l2_bits
-        while True:
-            entry = self._l1[index]
-            table = self._image.mapping.table_offset(entry, index, self._file.size)
-            if not table:
-                return None
-            slice_ = await self._l2.fetch(table + (cluster << 3 & self._slice_start_mask))
-            # While it was read the table may have moved, and its old place may have got another use.
-            if self._l1[index] == entry:
-                return slice_
-
-    async def _plan(self, offset: int, length: int, entries_max: int | None = None) -> list[Plan]:
-        """What the range consists of, or the first part of it where `entries_max` entries were not enough."""
-        bits = self._cluster_bits
-        plans: list[Plan] = []
-        end = offset + length
-        seen = 0
-        while offset < end and (entries_max is None or seen < entries_max):
-            cluster = offset >> bits
-            slice_ = await self._slice(cluster)
-            stop = self._plan_part(plans, slice_, offset, end)
-            seen += (stop - offset >> bits) + 1 if slice_ is not None else 1
-            offset = stop
-        return plans
-
-    def _plan_part(self, plans: list[Plan], slice_: Slice[array[int]] | None, offset: int, end: int) -> int:
-        """Plans up to the end of the slice that `offset` is in, None if it has no L2 table; returns where that is."""
-        bits = self._cluster_bits
-        cluster = offset >> bits
-        if slice_ is None:
-            stop = min(((cluster >> self._l2_bits) + 1) << self._l2_bits + bits, end)
-            join_backing(plans, stop - offset)
-        else:
-            first = cluster & self._slice_mask
-            stop = min((cluster - first + (1 << self._slice_bits)) << bits, end)
-            file_end = self._file_end = self._file.size
-            inner = offset & self._offset_in_cluster
-            self._image.mapping.plan(plans, slice_.data, first, cluster, inner, stop - offset, file_end)
-        return stop
-
-    # Reading. The caller holds a claim.
-
-    async def _read(self, offset: int, length: int) -> Buffer:
-        plans = await self._plan(offset, length)
-        if len(plans) == 1:
-            return await self._carry_out(plans[0], offset)
-        data = bytearray(length)
-        at = 0
-        for plan in plans:
-            if not isinstance(plan, Zero):
-                data[at : at + plan.length] = await self._carry_out(plan, offset + at)
-            if ends_piece(at, plan.length):
-                await asyncio.sleep(0)
-            at += plan.length
-        return data
-
-    async def _carry_out(self, plan: Plan, offset: int) -> Buffer:
-        if isinstance(plan, Data):
-            return await self._image.read(plan.host_offset, plan.length)
-        if isinstance(plan, Zero):
-            return zeroes(plan.length)
-        if isinstance(plan, Compressed):
-            return await self._image.read_compressed(plan)
-        return await read_backing(self._backing, offset, plan.length)
-
-    # Writing. The caller holds a claim, alone but for `_write_in_place`.
-
-    async def _write_in_place(self, offset: int, data: Buffer) -> bool:
-        """Writes `data` if every cluster of it can be written where it is; else writes nothing and returns False."""
-        bits = self._cluster_bits
-        runs: list[tuple[int, int]] = []
-        position, end = offset, offset + len(data)
-        while position < end:
-            cluster = position >> bits
-            slice_ = await self._slice(cluster)
-            if slice_ is None:
-                return False
-            first = cluster & self._slice_mask
-            count = min((end - 1 >> bits) - cluster + 1, (1 << self._slice_bits) - first)
-            file_end = self._file_end = self._file.size
-            host, run = self._image.mapping.in_place(slice_.data, first, count, file_end)
-            if not run:
-                return False
-            stop = min((cluster + run) << bits, end)
-            runs.append((host + (position & self._offset_in_cluster), stop - position))
-            position = stop
-        view = memoryview(data)
-        at = 0
-        for host, length in runs:
-            await self._image.check_overlap(host, length)
-            await self._file.pwrite(host, view[at : at + length])
-            if ends_piece(at, length):
-                await asyncio.sleep(0)
-            at += length
-        return True
-
-    async def _write(self, offset: int, view: memoryview) -> None:
-        """Writes in place where that may be, to new clusters elsewhere; slice by slice."""
-        bits = self._cluster_bits
-        while view:
-            cluster = offset >> bits
-            slice_ = await self._own_slice(cluster)
-            slice_.pins += 1
-            try:
-                first = cluster & self._slice_mask
-                length = min(len(view), ((cluster - first + (1 << self._slice_bits)) << bits) - offset)
-                await self._write_in_slice(slice_, offset, view[:length])
-            finally:
-                slice_.pins -= 1
-            offset += length
-            view = view[length:]
-
-    async def _write_in_slice(self, slice_: Slice[array[int]], offset: int, view: memoryview) -> None:
-        bits = self._cluster_bits
-        mapping = self._image.mapping
-        while view:
-            cluster = offset >> bits
-            first = cluster & self._slice_mask
-            count = (offset + len(view) - 1 >> bits) - cluster + 1
-            host, run = mapping.in_place(slice_.data, first, count, self._file.size)
-            length = min(len(view), ((cluster + max(run, 1)) << bits) - offset)
-            if run:
-                host += offset & self._offset_in_cluster
-                await self._image.check_overlap(host, length)
-                await self._file.pwrite(host, view[:length])
-            else:
-                length = await self._write_new(slice_, first, count, offset, view)
-            offset += length
-            view = view[length:]
-
-    async def _write_new(self, slice_: Slice[array[int]], first: int, count: int, offset: int, view: memoryview) -> int:
-        """Writes the start of `view` to new clusters and links them from `first` on; returns the bytes written."""
-        bits, entries = self._cluster_bits, slice_.data
-        cluster = offset >> bits
-        mapping, file_end = self._image.mapping, self._file.size
-        # What cannot be written in place, up to where it can again. Bad entries are found before anything is written.
-        new = 1
-        while new < count and not mapping.in_place(entries, first + new, 1, file_end)[1]:
-            new += 1
-        old = [mapping.host_clusters(entries[first + at], cluster + at, file_end) for at in range(new)]
-        entry = entries[first]
-        host = entry & ~(COPIED | ZERO_FLAG)
-        set_aside = entry & COPIED and entry & ZERO_FLAG and not entry & COMPRESSED and host < file_end
-        if set_aside:
-            # For this very cluster, and read by nobody: it can be used, as a whole.
-            await self._image.check_overlap(host, 1)
-            run, old = Run(host, 1, fresh=False), [None]
-        else:
-            run = await self._allocator.allocate(new)
-        length = min(len(view), ((cluster + run.clusters) << bits) - offset)
-        try:
-            await self._fill(run, entries, first, offset, view[:length])
-        except BaseException:
-            if not set_aside:
-                self._allocator.free(run.offset, run.clusters)
-            raise
-        for at in range(run.clusters):
-            entries[first + at] = run.offset + (at << bits) | COPIED
-            gone = old[at]
-            if gone is not None:
-                self._allocator.free(gone.first << bits, gone.clusters)
-        self._l2.mark_dirty(slice_)
-        return length
-
-    async def _fill(self, run: Run, entries: array[int], first: int, offset: int, view: memoryview) -> None:
-        """Writes `view`, and around it the old content of the clusters it covers in part, to new host clusters."""
-        size = self._cluster_size
-        start, end = offset & -size, offset + len(view)
-        stop = start + run.clusters * size
-        head, tail = offset - start, stop - end
-        parts: list[Buffer] = []
-        if head or tail:
-            last = first + run.clusters - 1
-            blank = (not head or self._blank(entries[first])) and (not tail or self._blank(entries[last]))
-            if blank and run.fresh and self._file.node.limits.reads_zero_when_new:
-                await self._file.pwrite(run.offset + head, view)
-                return
-            # Bytes past the image's end are zeroes, whatever the backing node holds there.
-            visible = min(stop, self.size)
-            if run.clusters == 1 and not blank:
-                whole = await self._read(start, visible - start)
-                if visible < stop or not (type(whole) is bytearray or spares.is_spare(whole)):
-                    whole = bytearray(whole) + zeroes(stop - visible)
-                # What was read is ours alone, but for constants and what is kept: it need not be copied once more.
-                memoryview(whole)[head : end - start] = view
-                await self._file.pwrite(run.offset, whole)
-                spares.give(whole)
-                return
-            before = await self._read(start, head) if head else b""
-            after = await self._read(end, visible - end) if end < visible else b""
-            parts = [before, view, after, zeroes(stop - max(visible, end))]
-        await self._file.pwrite(run.offset, b"".join(parts) if parts else view)
-
-    def _blank(self, entry: int) -> bool:
-        """Whether a cluster with that entry reads as zeroes, as far as that is known without a look at other nodes."""
-        if entry & COMPRESSED:
-            return False
-        return bool(entry & ZERO_FLAG) or (not entry and self._backing is None)
-
-    async def _write_zeroes(self, offset: int, end: int) -> None:
-        """Writes zeroes one by one, but not where there are some by the tables' word; piece by piece."""
-        while offset < end:
-            length = min(end - offset, PIECE_BYTES)
-            plans = await self._plan(offset, length)
-            if not all(self._reads_zero(plan) for plan in plans):
-                await self._write(offset, memoryview(zeroes(length)))
-            offset += length
-            if offset < end:
-                await asyncio.sleep(0)
-
-    def _reads_zero(self, plan: Plan) -> bool:
-        return isinstance(plan, Zero) or (isinstance(plan, Backing) and not self._backed)
-
-    async def _empty_clusters(self, offset: int, end: int, *, unmap: bool) -> None:
-        """Makes whole clusters read as zeroes by their entries alone; with `unmap` their host clusters are freed.
-
-        `end` is a multiple of the cluster size, or the end of the image.
-        """
-        bits = self._cluster_bits
-        mapping = self._image.mapping
-        cluster, stop = offset >> bits, align_up(end, self._cluster_size) >> bits
-        slices = 0
-        while cluster < stop:
-            if not self._backed and not self._l1[cluster >> self._l2_bits]:
-                cluster = ((cluster >> self._l2_bits) + 1) << self._l2_bits
-                continue
-            slice_ = await self._own_slice(cluster)
-            entries, file_end = slice_.data, self._file.size
-            first = cluster & self._slice_mask
-            count = min(stop - cluster, (1 << self._slice_bits) - first)
-            for at in range(count):
-                entry = entries[first + at]
-                emptied = self._emptied(entry, unmap)
-                if emptied != entry:
-                    gone = mapping.host_clusters(entry, cluster + at, file_end)
-                    entries[first + at] = emptied
-                    self._l2.mark_dirty(slice_)
-                    if gone is not None and emptied <= ZERO_FLAG:
-                        self._allocator.free(gone.first << bits, gone.clusters)
-            cluster += count
-            slices += 1
-            if slices % _SLICES_BETWEEN_TURNS == 0:
-                await asyncio.sleep(0)
-
-    def _emptied(self, entry: int, unmap: bool) -> int:
-        """What becomes of an entry whose cluster shall read as zeroes."""
-        if not self._backed and (unmap or not entry):
-            return 0
-        if unmap or entry & COMPRESSED:
-            return ZERO_FLAG
-        return entry | ZERO_FLAG
-
-    async def _own_slice(self, cluster: int) -> Slice[array[int]]:
-        """The slice with a guest cluster's entry, in an L2 table that is ours alone; made if there was none.
-
-        It is in the cache until a wait. Where too much is dirty it waits for a commit first.
-        """
-        if self._commits.pressing:
-            await self._commits.flush()
-        index = cluster >> self._l2_bits
-        while True:
-            if not self._l1[index] & COPIED:
-                await self._flights.run(index, lambda: self._make_table(index))
-                continue
-            slice_ = await self._slice(cluster)
-            if slice_ is not None:
-                return slice_
-
-    async def _make_table(self, index: int) -> None:
-        """Gives an L1 entry a table of its own: empty, or a copy of one that is shared with a snapshot."""
-        image = self._image
-        entry = self._l1[index]
-        if entry & COPIED:
-            return
-        size = self._cluster_size
-        old = image.mapping.table_offset(entry, index, self._file.size)
-        content = await image.read(old, size) if old else bytes(size)
-        run = await self._allocator.allocate(1)
-        try:
-            await self._file.pwrite(run.offset, content)
-        except BaseException:
-            self._allocator.free(run.offset)
-            raise
-        self._l2.forget(run.offset, size)
-        image.metadata.add(run.offset)
-        self._l1[index] = run.offset | COPIED
-        image.l1_dirty.add(index)
-        if old:
-            image.metadata.discard(old)
-            self._allocator.free(old)
