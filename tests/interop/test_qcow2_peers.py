@@ -55,6 +55,8 @@ def compressible(seed: int, size: int) -> bytes:
         {"cluster_size": 2 << 20, "refcount_bits": 1},
         {"cluster_size": 4096, "refcount_bits": 2, "lazy_refcounts": True},
         {"compression": "zstd"},
+        {"extended_l2": True},
+        {"extended_l2": True, "cluster_size": 16384, "compression": "zstd"},
         {"backing_file": "base \u00e9.raw", "backing_format": "raw"},
         {"backing_file": "base.raw", "backing_format": "raw", "version": 2, "cluster_size": 1024},
     ],
@@ -74,19 +76,22 @@ async def test_qemu_accepts_a_new_image_and_sees_what_was_asked_for(options: dic
     assert data["refcount-bits"] == options.get("refcount_bits", 16)
     assert data.get("lazy-refcounts", False) == options.get("lazy_refcounts", False)
     assert data["compression-type"] == ("zstd" if options.get("compression") else "zlib")
+    assert data.get("extended-l2", False) == options.get("extended_l2", False)
     assert info.get("backing-filename") == options.get("backing_file")
     assert info.get("backing-filename-format") == options.get("backing_format")
     run("qemu-io", "-c", "write -P 7 1M 100k", path)
     assert await guest(await open_image(loaded(path))).pread(1 << 20, 100 << 10) == b"\7" * (100 << 10)
 
 
-@pytest.mark.parametrize("cluster_size", [512, 4096, 65536])
+@pytest.mark.parametrize(("cluster_size", "more"), [(512, ""), (4096, ""), (65536, ""), (16384, ",extended_l2=on")])
 @pytest.mark.parametrize("kind", ["zlib", "zstd"])
-async def test_a_compressed_image_is_read_and_overwritten(kind: str, cluster_size: int, tmp_path: Path) -> None:
+async def test_a_compressed_image_is_read_and_overwritten(
+    kind: str, cluster_size: int, more: str, tmp_path: Path
+) -> None:
     content = compressible(cluster_size, 50 * cluster_size + 512)
     raw, path = tmp_path / "disk.raw", tmp_path / "disk.qcow2"
     raw.write_bytes(content)
-    options = f"compression_type={kind},cluster_size={cluster_size}"
+    options = f"compression_type={kind},cluster_size={cluster_size}{more}"
     run("qemu-img", "convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options, raw, path)
     run("qemu-img", "snapshot", "-c", "packed", path)
     storage = loaded(path)
@@ -133,7 +138,7 @@ async def test_overwriting_all_compressed_clusters_frees_what_they_shared(tmp_pa
     assert as_raw(path) == expected
 
 
-@pytest.mark.parametrize("preallocation", ["metadata", "falloc"])
+@pytest.mark.parametrize("preallocation", ["metadata", "falloc", "metadata,extended_l2=on"])
 async def test_a_preallocated_image_is_written_in_place(preallocation: str, tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
     run("qemu-img", "create", "-f", "qcow2", "-o", f"preallocation={preallocation}", path, "3M")
@@ -149,12 +154,14 @@ async def test_a_preallocated_image_is_written_in_place(preallocation: str, tmp_
     assert storage.size <= size + 65536
 
 
-async def test_a_chain_made_by_qemu_reads_the_same(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", ["cluster_size=4096", "extended_l2=on", "extended_l2=on,cluster_size=16k"])
+async def test_a_chain_made_by_qemu_reads_the_same(options: str, tmp_path: Path) -> None:
     raw, path = tmp_path / "base.raw", tmp_path / "top.qcow2"
     content = random.Random(1).randbytes(1_000_000)
     raw.write_bytes(content)
-    run("qemu-img", "create", "-f", "qcow2", "-b", raw, "-F", "raw", "-o", "cluster_size=4096", path, "1500000")
+    run("qemu-img", "create", "-f", "qcow2", "-b", raw, "-F", "raw", "-o", options, path, "1500000")
     run("qemu-io", "-c", "write -P 1 100k 30k", "-c", "write -z 200k 64k", "-c", "discard 300k 64k", path)
+    run("qemu-io", "-c", "write -P 2 401k 5k", "-c", "write -z 520k 12k", "-c", "write -P 3 524k 3k", path)
     node = await open_image(loaded(path), backing=MemoryStorage(content, read_only=True))
     assert (node._image.header.backing_file, node._image.header.backing_format) == (str(raw), "raw")
     assert await guest(node).pread(0, node.size) == as_raw(path)

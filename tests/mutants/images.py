@@ -654,21 +654,24 @@ MUTANTS = [
         "new-cluster-at-once-beside-a-reader",
         _WRITING,
         """
-            or self._in_flight.overlaps(cluster << bits, count << bits)
+            and not self._in_flight.overlaps(cluster << bits, count << bits)
 """,
         """
-            or self._in_flight.would_wait(cluster << bits, count << bits)
+            and not self._in_flight.would_wait(cluster << bits, count << bits)
 """,
         "a serialising write and every overlapping request wait for each other, also where the write is done at once",
+        tests=(
+            "tests/unit/block/test_at_once.py::test_a_new_cluster_is_not_written_at_once_while_anybody_uses_the_old_one",
+        ),
     ),
     Mutant(
         "new-cluster-at-once-in-a-shared-table",
         _WRITING,
         """
-            not self._image.l1[cluster >> self._reader.l2_bits] & COPIED
-            or self._in_flight""",
+            self._image.l1[cluster >> self._reader.l2_bits] & (COPIED | self.mapping.odd_bits) == COPIED
+            and not""",
         """
-            self._in_flight""",
+            not""",
         "an L2 table that a snapshot has too is not changed",
         tests=("tests/unit/block/test_at_once.py::test_new_clusters_wait_for_tables_and_commits",),
     ),

@@ -18,7 +18,8 @@ from fleecer.formats.qcow2.header import Header
 from fleecer.formats.qcow2.refcounts import RefcountWidth, References, lay_out_refcounts
 from fleecer.formats.qcow2.snapshots import read_snapshots
 from fleecer.formats.qcow2.steps import Read, Steps, Write
-from fleecer.formats.qcow2.tables import COMPRESSED, COPIED, OFFSET_MASK, Mapping, decode_table, encode_table
+from fleecer.formats.qcow2.subclusters import mapping_of
+from fleecer.formats.qcow2.tables import COMPRESSED, COPIED, OFFSET_MASK, decode_table, encode_table
 from fleecer.units import MiB
 
 MESSAGES_MAX = 100
@@ -60,7 +61,7 @@ class _Walk:
         self.file_size = file_size
         self.file_clusters = -(-file_size >> header.cluster_bits)
         self.path = path
-        self.mapping = Mapping(header, path)
+        self.mapping = mapping_of(header, path)
         self.report = CheckReport()
         self.references = References()
         # L2 tables: how many L1 entries name each.
@@ -140,9 +141,7 @@ class _Walk:
         self.refer(offset >> self.header.cluster_bits, 1, weight, what)
         data = yield Read(offset, self.header.cluster_size)
         entries = self.mapping.decode(data)
-        for at, entry in enumerate(entries):
-            if not entry:
-                continue
+        for at in self.mapping.used(entries):
             try:
                 found = self.mapping.host_clusters(entries, at, at, self.file_size)
             except CorruptImage as error:
@@ -209,14 +208,15 @@ class _Walk:
             if self._set_right(entries, f"L1 entries from {start} on", l1=True) and fix:
                 yield Write(offset, encode_table(entries))
         for offset in sorted(offsets & self.tables.keys()):
-            entries = decode_table((yield Read(offset, header.cluster_size)))
+            entries = self.mapping.decode((yield Read(offset, header.cluster_size)))
             if self._set_right(entries, f"L2 table at {offset}", l1=False) and fix:
-                yield Write(offset, encode_table(entries))
+                yield Write(offset, self.mapping.encode(entries))
 
     def _set_right(self, entries: array[int], what: str, l1: bool) -> bool:
         bits, references = self.header.cluster_bits, self.references
         changed = False
-        for at, entry in enumerate(entries):
+        count = len(entries) if l1 else len(entries) // self.mapping.arrays
+        for at, entry in enumerate(entries[:count]):
             if not entry:
                 continue
             host = 0 if entry & COMPRESSED and not l1 else entry & OFFSET_MASK

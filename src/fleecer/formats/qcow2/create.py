@@ -13,6 +13,8 @@ from fleecer.formats.qcow2.header import (
     COMPRESSION_DEFLATE,
     COMPRESSION_TYPE,
     COMPRESSION_ZSTD,
+    EXTENDED_CLUSTER_BITS_MIN,
+    EXTENDED_L2,
     EXTENSION_BACKING_FORMAT,
     EXTENSION_DISK_SIZE,
     L1_ENTRIES_MAX,
@@ -50,6 +52,7 @@ def create_image(
     refcount_bits: int = 16,
     lazy_refcounts: bool = False,
     compression: str = "deflate",
+    extended_l2: bool = False,
 ) -> NewImage:
     """An image of `size` bytes that reads as its backing file, or as zeroes.
 
@@ -58,11 +61,11 @@ def create_image(
     `backing_file` is recorded as given, with its format, which is required: a format must never be guessed. Raises
     UsageError for what the format does not allow.
     """
-    bits = _checked_cluster_bits(size, cluster_size)
-    _check_features(version, refcount_bits, lazy_refcounts, compression)
+    bits = _checked_cluster_bits(size, cluster_size, extended_l2)
+    _check_features(version, refcount_bits, lazy_refcounts, compression, extended_l2)
     _check_backing(backing_file, backing_format)
     virtual_size = align_up(size, SECTOR_BYTES)
-    l1_size = max(l1_entries_needed(size, bits), 1)
+    l1_size = max(l1_entries_needed(size, bits, extended_l2=extended_l2), 1)
     l1_clusters = align_up(l1_size * 8, cluster_size) >> bits
     references = References()
     references.add(0, 1 + l1_clusters)
@@ -80,7 +83,7 @@ def create_image(
         l1_table_offset=cluster_size,
         refcount_table_offset=layout.table_offset,
         refcount_table_clusters=layout.table_clusters,
-        incompatible_features=COMPRESSION_TYPE if compression == "zstd" else 0,
+        incompatible_features=(COMPRESSION_TYPE if compression == "zstd" else 0) | (EXTENDED_L2 if extended_l2 else 0),
         compatible_features=LAZY_REFCOUNTS if lazy_refcounts else 0,
         refcount_order=refcount_bits.bit_length() - 1,
         compression_type=_COMPRESSIONS[compression],
@@ -112,23 +115,29 @@ def _check_backing(backing_file: str | None, backing_format: str | None) -> None
             raise UsageError(f"backing file name of {length} bytes is outside 1 to {BACKING_NAME_BYTES_MAX}")
 
 
-def _checked_cluster_bits(size: int, cluster_size: int) -> int:
+def _checked_cluster_bits(size: int, cluster_size: int, extended_l2: bool) -> int:
     bits = cluster_size.bit_length() - 1
-    if not is_power_of_two(cluster_size) or not CLUSTER_BITS_MIN <= bits <= CLUSTER_BITS_MAX:
-        low, high = 1 << CLUSTER_BITS_MIN, 1 << CLUSTER_BITS_MAX
-        raise UsageError(f"cluster size {cluster_size} is not a power of two from {low} to {high}")
-    if size < 0 or l1_entries_needed(size, bits) > L1_ENTRIES_MAX:
-        most = L1_ENTRIES_MAX << (2 * bits - 3)
+    bits_min = EXTENDED_CLUSTER_BITS_MIN if extended_l2 else CLUSTER_BITS_MIN
+    if not is_power_of_two(cluster_size) or not bits_min <= bits <= CLUSTER_BITS_MAX:
+        low, high = 1 << bits_min, 1 << CLUSTER_BITS_MAX
+        where = " with extended L2 entries" if extended_l2 else ""
+        raise UsageError(f"cluster size {cluster_size} is not a power of two from {low} to {high}{where}")
+    if size < 0 or l1_entries_needed(size, bits, extended_l2=extended_l2) > L1_ENTRIES_MAX:
+        most = L1_ENTRIES_MAX << (2 * bits - (4 if extended_l2 else 3))
         raise UsageError(f"image size {size} is outside 0 to {most}, the limit with clusters of {cluster_size} bytes")
     return bits
 
 
-def _check_features(version: int, refcount_bits: int, lazy_refcounts: bool, compression: str) -> None:
+def _check_features(
+    version: int, refcount_bits: int, lazy_refcounts: bool, compression: str, extended_l2: bool
+) -> None:
     if version not in (2, 3):
         raise UsageError(f"qcow2 version {version} is neither 2 nor 3")
     if refcount_bits not in (1, 2, 4, 8, 16, 32, 64):
         raise UsageError(f"refcount_bits {refcount_bits} is not a power of two from 1 to 64")
-    if version == 2 and (refcount_bits != 16 or lazy_refcounts or compression != "deflate"):
-        raise UsageError("qcow2 version 2 has 16 refcount bits, no lazy refcounts, and deflate; use version 3")
+    if version == 2 and (refcount_bits != 16 or lazy_refcounts or compression != "deflate" or extended_l2):
+        raise UsageError(
+            "qcow2 version 2 has 16 refcount bits, deflate, no lazy refcounts, no extended L2 entries; use version 3"
+        )
     if compression not in _COMPRESSIONS:
         raise UsageError(f"compression {quoted(compression)} is neither 'deflate' nor 'zstd'")

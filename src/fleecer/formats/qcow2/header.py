@@ -19,6 +19,8 @@ MAGIC: Final = 0x514649FB
 SECTOR_BYTES: Final = 512
 CLUSTER_BITS_MIN: Final = 9
 CLUSTER_BITS_MAX: Final = 21
+EXTENDED_CLUSTER_BITS_MIN: Final = 14
+"""With extended L2 entries: a subcluster has a sector at least."""
 L1_BYTES_MAX: Final = 32 * MiB
 L1_ENTRIES_MAX: Final = L1_BYTES_MAX // 8
 REFCOUNT_TABLE_BYTES_MAX: Final = 8 * MiB
@@ -31,7 +33,7 @@ CORRUPT: Final = 1 << 1
 EXTERNAL_DATA: Final = 1 << 2
 COMPRESSION_TYPE: Final = 1 << 3
 EXTENDED_L2: Final = 1 << 4
-INCOMPATIBLE_SUPPORTED: Final = DIRTY | CORRUPT | COMPRESSION_TYPE
+INCOMPATIBLE_SUPPORTED: Final = DIRTY | CORRUPT | COMPRESSION_TYPE | EXTENDED_L2
 LAZY_REFCOUNTS: Final = 1 << 0
 """Compatible feature: a writer may set DIRTY and postpone refcounts."""
 
@@ -98,9 +100,19 @@ class Header:
         return 1 << self.cluster_bits
 
     @property
+    def subcluster_size(self) -> int:
+        """Bytes that are allocated, or read as zeroes, on their own: a cluster, but for extended L2 entries."""
+        return self.cluster_size >> (5 if self.extended_l2 else 0)
+
+    @property
     def l2_entries(self) -> int:
         """Entries in an L2 table, which is one cluster."""
-        return 1 << (self.cluster_bits - 3)
+        return 1 << (self.cluster_bits - (4 if self.extended_l2 else 3))
+
+    @property
+    def extended_l2(self) -> bool:
+        """Whether L2 entries are extended: with a bitmap of subclusters."""
+        return bool(self.incompatible_features & EXTENDED_L2)
 
     @property
     def refcounts_per_block(self) -> int:
@@ -309,8 +321,9 @@ def _check_features(header: Header, path: str) -> None:
     features = header.incompatible_features
     if features & EXTERNAL_DATA:
         raise UnsupportedFormat(path, "it keeps its data in an external data file, which is not supported")
-    if features & EXTENDED_L2:
-        raise UnsupportedFormat(path, "it uses extended L2 entries, which are not supported")
+    if features & EXTENDED_L2 and header.cluster_bits < EXTENDED_CLUSTER_BITS_MIN:
+        limit = f"limit {EXTENDED_CLUSTER_BITS_MIN} with extended L2 entries"
+        raise CorruptImage(path, f"cluster_bits {header.cluster_bits} is below {limit}")
     unknown = features & ~INCOMPATIBLE_SUPPORTED
     if unknown:
         names = ", ".join(_feature_name(header, bit) for bit in range(64) if unknown >> bit & 1)
@@ -322,15 +335,15 @@ def _check_features(header: Header, path: str) -> None:
         raise UnsupportedFormat(path, f"compression_type {kind} is neither 0 (deflate) nor 1 (zstd)")
 
 
-def l1_entries_needed(size: int, cluster_bits: int) -> int:
+def l1_entries_needed(size: int, cluster_bits: int, *, extended_l2: bool) -> int:
     """L1 entries that map `size` bytes."""
-    return -(-size >> (2 * cluster_bits - 3))
+    return -(-size >> (2 * cluster_bits - (4 if extended_l2 else 3)))
 
 
 def _check_tables(header: Header, file_size: int, path: str) -> None:
     if header.l1_size > L1_ENTRIES_MAX:
         raise CorruptImage(path, f"l1_size {header.l1_size} exceeds limit {L1_ENTRIES_MAX}")
-    needed = l1_entries_needed(header.size, header.cluster_bits)
+    needed = l1_entries_needed(header.size, header.cluster_bits, extended_l2=header.extended_l2)
     if needed > header.l1_size:
         problem = f"l1_size {header.l1_size} is too small for size {header.size}, which needs {needed} entries"
         raise CorruptImage(path, problem)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 from array import array
+from collections.abc import Iterator
 from typing import Final, NamedTuple
 
 from fleecer.errors import CorruptImage
@@ -84,6 +85,8 @@ class Mapping:
 
     entry_bits = 3
     """An L2 entry has 1 << `entry_bits` bytes."""
+    arrays = 1
+    """How many numbers `decode` makes of an entry: first that of each, in order, then what else there is."""
 
     def __init__(self, header: Header, path: str) -> None:
         self.path = path
@@ -103,6 +106,21 @@ class Mapping:
     def encode(self, entries: array[int]) -> bytes:
         """What `decode` took, as it stands in the file."""
         return encode_table(entries)
+
+    def used(self, entries: array[int]) -> Iterator[int]:
+        """The indexes of the entries that say anything at all."""
+        return (index for index, entry in enumerate(entries) if entry)
+
+    def content_offset(self, entries: array[int], index: int, cluster: int) -> int:
+        """Where the file has to reach for the content of a cluster; 0 where it has none of its own, or none to be read.
+
+        `cluster` is as for `plan`.
+        """
+        entry = entries[index]
+        if entry & COMPRESSED:
+            return self.compressed(entry, cluster, 1 << 64)[0]
+        host = self.standard(entry, cluster)
+        return 0 if entry & ZERO_FLAG else host
 
     def table_offset(self, entry: int, l1_index: int, file_end: int) -> int:
         """Host offset of the L2 table that an L1 entry names, 0 where there is none."""
@@ -163,14 +181,14 @@ class Mapping:
                         index += 1
                 else:
                     wanted = 0
-                    index = _equal_until(entries, start, last + 1)
+                    index = equal_until(entries, start, last + 1)
                 take = min((index - start) * size - skip, length)
                 if entry & ZERO_FLAG:
-                    _join_zero(plans, take, bool(host))
+                    join_zero(plans, take, bool(host))
                 elif not host:
                     join_backing(plans, take)
                 elif wanted < file_end:
-                    _join_data(plans, host + skip, take)
+                    join_data(plans, host + skip, take)
                 else:
                     raise self._past_end(index - 1 + shift, wanted, file_end)
             length -= take
@@ -214,7 +232,7 @@ class Mapping:
         return CorruptImage(self.path, f"cluster {cluster} at {host} is past the file's end at {file_end}")
 
 
-def _equal_until(entries: array[int], first: int, end: int) -> int:
+def equal_until(entries: array[int], first: int, end: int) -> int:
     """Where the entries equal to `entries[first]` stop, at most `end`. Large disks have tables full of them."""
     entry = entries[first]
     known = first + 1
@@ -232,7 +250,8 @@ def _equal_until(entries: array[int], first: int, end: int) -> int:
     return known
 
 
-def _join_data(plans: list[Plan], host: int, length: int) -> None:
+def join_data(plans: list[Plan], host: int, length: int) -> None:
+    """Appends `length` bytes stored at `host`, joined to the last plan if they go on where that ends."""
     last = plans[-1] if plans else None
     if isinstance(last, Data) and last.host_offset + last.length == host:
         plans[-1] = Data(last.host_offset, last.length + length)
@@ -240,7 +259,8 @@ def _join_data(plans: list[Plan], host: int, length: int) -> None:
         plans.append(Data(host, length))
 
 
-def _join_zero(plans: list[Plan], length: int, allocated: bool) -> None:
+def join_zero(plans: list[Plan], length: int, allocated: bool) -> None:
+    """Appends `length` bytes of zeroes, joined to the last plan if that is of the same kind."""
     last = plans[-1] if plans else None
     if isinstance(last, Zero) and last.allocated == allocated:
         plans[-1] = Zero(last.length + length, allocated)

@@ -17,7 +17,8 @@ from fleecer.errors import CorruptImage
 from fleecer.formats.qcow2.header import Header, l1_entries_needed
 from fleecer.formats.qcow2.refcounts import RefcountWidth
 from fleecer.formats.qcow2.steps import Read, Steps
-from fleecer.formats.qcow2.tables import COMPRESSED, COPIED, OFFSET_MASK, ZERO_FLAG, Mapping, decode_table
+from fleecer.formats.qcow2.subclusters import mapping_of
+from fleecer.formats.qcow2.tables import COPIED, OFFSET_MASK, Mapping, decode_table
 from fleecer.units import GiB, KiB
 
 _EMPTY_BLOCKS_MAX: Final = 8
@@ -35,10 +36,10 @@ def check_not_cut(header: Header, file_size: int, path: str) -> Steps[None]:
     """
     if not header.dirty and (yield from _all_counted_is_there(header, file_size)):
         return
-    mapping = Mapping(header, path)
+    mapping = mapping_of(header, path)
     bits, size = header.cluster_bits, header.cluster_size
     seen: set[int] = set()
-    needed = l1_entries_needed(header.size, bits)
+    needed = l1_entries_needed(header.size, bits, extended_l2=header.extended_l2)
     for start in range(0, needed, _L1_ENTRIES_AT_ONCE):
         count = min(_L1_ENTRIES_AT_ONCE, needed - start)
         l1 = decode_table((yield Read(header.l1_table_offset + start * 8, count * 8)))
@@ -49,10 +50,10 @@ def check_not_cut(header: Header, file_size: int, path: str) -> Steps[None]:
             if len(seen) * size >= _SEARCHED_BYTES_MAX:
                 return
             seen.add(table)
-            first = index << (bits - 3)
+            first = index << (bits - mapping.entry_bits)
             if table + size > file_size:
                 raise _cut(path, f"the L2 table of cluster {first} of the disk ends at byte {table + size}", file_size)
-            _check_entries(mapping, decode_table((yield Read(table, size))), first, file_size)
+            _check_entries(mapping, mapping.decode((yield Read(table, size))), first, file_size)
 
 
 def _all_counted_is_there(header: Header, file_size: int) -> Steps[bool]:
@@ -79,20 +80,15 @@ def _all_counted_is_there(header: Header, file_size: int) -> Steps[bool]:
 
 def _check_entries(mapping: Mapping, entries: array[int], first: int, file_size: int) -> None:
     """Raises CorruptImage for the first entry of an L2 table that names what is not in the file."""
-    if max(map(OFFSET_MASK.__and__, entries)) < file_size:
+    if max(map(OFFSET_MASK.__and__, entries[: len(entries) // mapping.arrays])) < file_size:
         return  # nearly always, and much faster
-    for cluster, entry in enumerate(entries, first):
-        if not entry or (entry & ZERO_FLAG and not entry & COMPRESSED):
-            continue
+    for index in mapping.used(entries):
         try:
-            if entry & COMPRESSED:
-                host, _ = mapping.compressed(entry, cluster, 1 << 64)
-            else:
-                host = mapping.standard(entry, cluster)
+            host = mapping.content_offset(entries, index, first + index)
         except CorruptImage:
             continue
         if host >= file_size:
-            raise _cut(mapping.path, f"cluster {cluster} of the disk is at byte {host}", file_size)
+            raise _cut(mapping.path, f"cluster {first + index} of the disk is at byte {host}", file_size)
 
 
 def _cut(path: str, what: str, file_size: int) -> CorruptImage:

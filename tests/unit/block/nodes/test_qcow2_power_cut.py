@@ -180,6 +180,7 @@ WORK: dict[str, dict[str, Any]] = {
     "small clusters": {"size": 64 * 512, "steps": 60, "longest": 8, "cluster_size": 512},
     "one-bit refcounts": {"size": 64 * 4096, "steps": 60, "longest": 40, "cluster_size": 4096, "refcount_bits": 1},
     "version 2": {"size": 128 * 1024, "steps": 60, "longest": 20, "cluster_size": 1024, "version": 2},
+    "subclusters": {"size": 8 * 16384, "steps": 60, "longest": 40, "cluster_size": 16384, "extended_l2": True},
     "new refcount blocks": {"size": 400 * 512, "steps": 60, "longest": 60, "cluster_size": 512, "refcount_bits": 64},
 }
 
@@ -191,9 +192,10 @@ async def test_a_power_cut_leaves_a_sound_image_with_all_that_was_flushed(name: 
     await judge(storage, 120, seed=seed)
 
 
-async def test_a_power_cut_over_a_backing_node_leaves_a_sound_image() -> None:
+@pytest.mark.parametrize("kind", [{"cluster_size": 1024}, {"cluster_size": 16384, "extended_l2": True}])
+async def test_a_power_cut_over_a_backing_node_leaves_a_sound_image(kind: dict[str, Any]) -> None:
     backing = MemoryStorage(random.Random(5).randbytes(90 * 512), name="backing", read_only=True)
-    options: dict[str, Any] = {"backing_file": "base", "backing_format": "raw", "cluster_size": 1024}
+    options: dict[str, Any] = {"backing_file": "base", "backing_format": "raw", **kind}
     storage = await recorded(128 * 512, 60, 12, 1, backing=backing, **options)
     await judge(storage, 200, backing=backing)
 

@@ -22,6 +22,9 @@ GEOMETRIES: list[tuple[int, dict[str, Any], int | None]] = [
     (2_000_000, {"cluster_size": 4096, "version": 2}, 2_100_000),
     (5_000_000, {"cluster_size": 65536, "refcount_bits": 64}, 3_000_000),
     (5_000_000, {"cluster_size": 65536, "refcount_bits": 4, "lazy_refcounts": True}, None),
+    (2_000_317, {"cluster_size": 16384, "extended_l2": True}, None),
+    (2_000_317, {"cluster_size": 16384, "extended_l2": True}, 1_300_001),
+    (5_000_000, {"cluster_size": 65536, "extended_l2": True, "refcount_bits": 1}, 6_000_000),
 ]
 
 

@@ -78,7 +78,10 @@ def test_a_header_packed_and_parsed_is_the_same_with_all_that_is_unknown(header:
         ({"nb_snapshots": 1, "snapshots_offset": 512}, "snapshots_offset 512 is not a multiple"),
         ({"backing_file": "x" * 1024}, "backing_file_size 1024 exceeds limit 1023"),
         ({"incompatible_features": 4}, "it keeps its data in an external data file, which is not supported"),
-        ({"incompatible_features": 16}, "it uses extended L2 entries, which are not supported"),
+        (
+            {"incompatible_features": 16, "cluster_bits": 13},
+            "cluster_bits 13 is below limit 14 with extended L2 entries",
+        ),
         ({"incompatible_features": 1 << 5}, "it uses unknown incompatible features: bit 5"),
         ({"incompatible_features": 8}, "compression_type 0 contradicts incompatible_features 0x8"),
         ({"compression_type": 1}, "compression_type 1 contradicts incompatible_features 0x0"),

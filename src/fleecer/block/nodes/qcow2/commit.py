@@ -58,8 +58,9 @@ class Committer:
         self._image = image
         self._l2 = l2
         self._allocator = allocator
-        self._maps_dirty_max = min(DIRTY_BYTES_MAX, l2_cache_bytes // 4)
-        self._counts_dirty_max = min(DIRTY_BYTES_MAX, refcount_cache_bytes // 4)
+        # In slices.
+        self._maps_dirty_max = min(DIRTY_BYTES_MAX, l2_cache_bytes // 4) // l2.slice_bytes
+        self._counts_dirty_max = min(DIRTY_BYTES_MAX, refcount_cache_bytes // 4) // allocator.cache.slice_bytes
         self._begun = 0
         self._finished = 0
         self._running = False
@@ -81,8 +82,8 @@ class Committer:
     def pressing(self) -> bool:
         """Whether so much is dirty that writers should wait for a commit."""
         return (
-            self._l2.dirty_bytes > self._maps_dirty_max
-            or self._allocator.cache.dirty_bytes > self._counts_dirty_max
+            len(self._l2.dirty) > self._maps_dirty_max
+            or len(self._allocator.cache.dirty) > self._counts_dirty_max
             or len(self._allocator.freed) > FREED_RUNS_MAX
         )
 

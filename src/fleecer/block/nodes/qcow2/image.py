@@ -18,7 +18,8 @@ from fleecer.block.node import Problem
 from fleecer.errors import CorruptImage, FleecerError, IoError, told
 from fleecer.formats.qcow2.compressed import unpack_cluster
 from fleecer.formats.qcow2.header import AUTOCLEAR_FIELD, CORRUPT, INCOMPATIBLE_FIELD, Header
-from fleecer.formats.qcow2.tables import COPIED, OFFSET_MASK, Compressed, Mapping
+from fleecer.formats.qcow2.subclusters import mapping_of
+from fleecer.formats.qcow2.tables import COPIED, OFFSET_MASK, Compressed
 from fleecer.ranges import Buffer
 
 
@@ -36,7 +37,7 @@ class Image:
         self.path = path
         self.file = file
         self.header = header
-        self.mapping = Mapping(header, path)
+        self.mapping = mapping_of(header, path)
         self.l1 = l1
         self.l1_dirty: set[int] = set()
         self.refcount_table = refcount_table

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 from array import array
+from typing import ClassVar
 
 from fleecer.block.edge import Edge
 from fleecer.block.inflight import InFlight
@@ -41,6 +42,7 @@ class Qcow2Node(Node):
     """An open qcow2 image. Made by `open_qcow2` (opening.py)."""
 
     driver = "qcow2"
+    writer_class: ClassVar[type[Writer]] = Writer
 
     __slots__ = (
         "_backing",
@@ -78,7 +80,7 @@ class Qcow2Node(Node):
         header = image.header
         limits = Limits(
             preferred_bytes=header.cluster_size,
-            cluster_size_bytes=header.cluster_size,
+            cluster_size_bytes=header.subcluster_size,
             zero_is_fast=header.version >= 3,
             reads_zero_when_new=backing is None,
         )
@@ -108,7 +110,7 @@ class Qcow2Node(Node):
             l2_cache_bytes=l2_cache_bytes,
             refcount_cache_bytes=refcount_cache_bytes,
         )
-        self._writer = Writer(image, reader, backing, allocator, self._commits, self._in_flight)
+        self._writer = self.writer_class(image, reader, backing, allocator, self._commits, self._in_flight)
         # What most requests need is at hand here.
         self._l1 = image.l1
         self._slices = reader.cache.slices
@@ -183,7 +185,7 @@ class Qcow2Node(Node):
         table = self._l1[cluster >> self._l2_bits] & _OTHER_BITS
         slice_ = self._slices.get(table + (cluster << 3 & self._slice_start_mask))
         inner = offset & self._offset_in_cluster
-        if slice_ is None or not image.accepts_writes:
+        if slice_ is None or table & self._odd_bits or not image.accepts_writes:
             return False
         slice_.used = True
         if inner + len(data) > self._cluster_size:
@@ -192,11 +194,11 @@ class Qcow2Node(Node):
         if (
             host <= 0
             or (host >= self._file_end and not self._is_in_file(host + 1))
-            or (host | table) & self._odd_bits
+            or host & self._odd_bits
             or host in image.metadata
             or self._in_flight.would_wait(cluster << bits, self._cluster_size)
         ):
-            return self._writer.write_new_at_once(slice_, offset, data)
+            return self._writer.write_new_at_once(write, slice_, offset, data)
         return write(host + inner, data)
 
     def _write_run_at_once(self, write: WriteAtOnce, slice_: Slice[array[int]], offset: int, data: Buffer) -> bool:
@@ -209,7 +211,7 @@ class Qcow2Node(Node):
         file_end = self._file_end = self._file.size
         host, run = self._image.mapping.in_place(slice_.data, first, offset - start, length, file_end)
         if not run:
-            return self._writer.write_new_at_once(slice_, offset, data)
+            return self._writer.write_new_at_once(write, slice_, offset, data)
         clusters = range(host & self._cluster_mask, host + length, self._cluster_size)
         return run == length and self._image.metadata.isdisjoint(clusters) and write(host, data)
 
@@ -258,9 +260,10 @@ class Qcow2Node(Node):
         """A serialising write to new clusters: who is alone and does not wait needs no claim."""
         cluster, last = offset >> self._cluster_bits, offset + len(data) - 1 >> self._cluster_bits
         slice_ = self._reader.slice_in_memory(cluster)
-        if slice_ is None or (cluster ^ last) & ~self._slice_mask:
+        write = self._file.writer()
+        if slice_ is None or write is None or (cluster ^ last) & ~self._slice_mask:
             return False
-        return self._writer.write_new_at_once(slice_, offset, data)
+        return self._writer.write_new_at_once(write, slice_, offset, data)
 
     def _needs_new(self, offset: int) -> bool:
         """Whether the cluster there cannot be written in place as it is now, as far as that is in memory."""
@@ -343,7 +346,7 @@ class Qcow2Node(Node):
         if header.version >= 3:
             described["lazy-refcounts"] = bool(header.compatible_features & LAZY_REFCOUNTS)
             described["corrupt"] = self.problem is not None and self.problem.corrupt
-            described["extended-l2"] = False
+            described["extended-l2"] = header.extended_l2
         return described
 
     async def close(self) -> None:

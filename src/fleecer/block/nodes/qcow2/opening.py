@@ -11,6 +11,7 @@ from typing import TypeVar
 from fleecer.block.edge import Edge
 from fleecer.block.nodes.qcow2.image import Image
 from fleecer.block.nodes.qcow2.node import Qcow2Node
+from fleecer.block.nodes.qcow2.subclusters import ExtendedQcow2Node
 from fleecer.errors import CorruptImage
 from fleecer.formats.qcow2.check import CheckReport, check, rebuild
 from fleecer.formats.qcow2.create import create_image
@@ -80,7 +81,8 @@ async def open_qcow2(
     l1 = array("Q")
     if header.l1_size:
         l1 = decode_table(await file.pread(header.l1_table_offset, header.l1_size * 8))
-    return Qcow2Node(
+    kind = ExtendedQcow2Node if header.extended_l2 else Qcow2Node
+    return kind(
         Image(name, path, file, header, l1, table),
         backing,
         read_only=read_only,
@@ -102,6 +104,7 @@ async def create_qcow2(
     refcount_bits: int = 16,
     lazy_refcounts: bool = False,
     compression: str = "deflate",
+    extended_l2: bool = False,
 ) -> Header:
     """Writes a new image of `size` bytes into an empty file; it is durable on return. See `create_image`.
 
@@ -116,6 +119,7 @@ async def create_qcow2(
         refcount_bits=refcount_bits,
         lazy_refcounts=lazy_refcounts,
         compression=compression,
+        extended_l2=extended_l2,
     )
     for offset, data in image.pieces:
         if not offset:

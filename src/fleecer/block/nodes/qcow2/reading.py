@@ -37,6 +37,7 @@ class Reader:
         self._cluster_bits = header.cluster_bits
         self._offset_in_cluster = header.cluster_size - 1
         slice_bytes = min(SLICE_BYTES_MAX, header.cluster_size)
+        self._odd_bits = mapping.odd_bits
         self.entry_bits = mapping.entry_bits
         self.l2_bits = header.cluster_bits - mapping.entry_bits
         self.slice_bits = (slice_bytes >> mapping.entry_bits).bit_length() - 1
@@ -65,6 +66,8 @@ class Reader:
     def slice_in_memory(self, cluster: int) -> Slice[array[int]] | None:
         """The slice with the entry of a guest cluster, where it need not be read."""
         table = self._l1[cluster >> self.l2_bits] & _OTHER_BITS
+        if table & self._odd_bits:
+            return None  # what is there may be a slice of another table
         return self.cache.slices.get(table + (cluster << self.entry_bits & self.slice_start_mask))
 
     async def plan(self, offset: int, length: int, entries_max: int | None = None) -> list[Plan]:

@@ -20,7 +20,7 @@ from fleecer.block.nodes.qcow2.image import Image
 from fleecer.block.nodes.qcow2.metadata import SingleFlight, Slice
 from fleecer.block.nodes.qcow2.reading import Reader
 from fleecer.formats.qcow2.tables import COMPRESSED, COPIED, ZERO_FLAG, Backing, Plan, Zero
-from fleecer.ranges import PIECE_BYTES, Buffer, ends_piece, zeroes
+from fleecer.ranges import PIECE_BYTES, Buffer, WriteAtOnce, ends_piece, zeroes
 
 _SLICES_BETWEEN_TURNS = 64
 
@@ -38,11 +38,11 @@ class Writer:
         in_flight: InFlight,
     ) -> None:
         header = image.header
-        self.unit_bytes = header.cluster_size
+        self.unit_bytes = header.subcluster_size
         # What is not allocated may be the backing file's, now, or when the image is next opened over it.
         self.backed = backing is not None or header.backing_file is not None
         self._image = image
-        self._mapping = image.mapping
+        self.mapping = image.mapping
         self._file = image.file
         self._reader = reader
         self._backing = backing
@@ -58,10 +58,10 @@ class Writer:
 
     # At once.
 
-    def write_new_at_once(self, slice_: Slice[array[int]], offset: int, data: Buffer) -> bool:
+    def write_new_at_once(self, write: WriteAtOnce, slice_: Slice[array[int]], offset: int, data: Buffer) -> bool:
         """Writes `data`, which ends in the slice, to new clusters in a row, if that takes no wait; see `WriteAtOnce`.
 
-        Only where nobody uses the guest's clusters, and these have no host clusters yet.
+        Only where nobody uses the guest's clusters, and these have no host clusters yet. `write` is the file's.
         """
         bits, entries = self._cluster_bits, slice_.data
         first = offset >> bits & self._reader.slice_mask
@@ -72,7 +72,7 @@ class Writer:
         if run is None:
             return False
         try:
-            if not self._fill_at_once(run, entries[first], offset, data):
+            if not self._fill_at_once(write, run, entries[first], offset, data):
                 return False
         except BaseException:
             self._spoiled(run)
@@ -85,18 +85,22 @@ class Writer:
 
     def _find_at_once(self, offset: int, count: int) -> Run | None:
         """Host clusters for `count` clusters from that of `offset` on, if nobody uses these and nothing has to wait."""
-        bits = self._cluster_bits
-        cluster = offset >> bits
-        if (
-            not self._image.l1[cluster >> self._reader.l2_bits] & COPIED
-            or self._in_flight.overlaps(cluster << bits, count << bits)
-            or self._commits.pressing
-        ):
+        if not self._may_change_at_once(offset, count):
             return None
         run = self._allocator.find(count)
         if run is None or run.clusters < count or not self._image.metadata.isdisjoint(self._hosts(run)):
             return None
         return run
+
+    def _may_change_at_once(self, offset: int, count: int) -> bool:
+        """Whether nobody uses so many clusters from that of `offset` on, and their L2 table is ours to change now."""
+        bits = self._cluster_bits
+        cluster = offset >> bits
+        return (
+            self._image.l1[cluster >> self._reader.l2_bits] & (COPIED | self.mapping.odd_bits) == COPIED
+            and not self._in_flight.overlaps(cluster << bits, count << bits)
+            and not self._commits.pressing
+        )
 
     def _hosts(self, run: Run) -> range:
         return range(run.offset, run.offset + (run.clusters << self._cluster_bits), self._cluster_size)
@@ -106,26 +110,26 @@ class Writer:
         self._allocator.take(run)
         self._allocator.free(run.offset, run.clusters)
 
-    def _fill_at_once(self, run: Run, entry: int, offset: int, data: Buffer) -> bool:
+    def _fill_at_once(self, write: WriteAtOnce, run: Run, entry: int, offset: int, data: Buffer) -> bool:
         """As `_fill`, for whole clusters or inside of one; `entry` is that of the first."""
         size = self._cluster_size
         head = offset & self._offset_in_cluster
         start, end = offset - head, offset + len(data)
         stop = start + run.clusters * size
         if not head and end == stop:
-            return self._file.try_pwrite(run.offset, data)
+            return write(run.offset, data)
         if run.clusters > 1 or stop > self._size:
             return False
         if self._blank(entry):
             blank = run.fresh and self._file.node.limits.reads_zero_when_new
-            return blank and self._file.try_pwrite(run.offset + head, data)
+            return blank and write(run.offset + head, data)
         assert self._backing is not None, "an entry without a host cluster is blank where there is no backing node"
         whole = spares.take(size)
         view = memoryview(whole)
         filled = self._backing.try_pread_into(start, view)
         if filled:
             view[head : end - start] = data
-            filled = self._file.try_pwrite(run.offset, whole)
+            filled = write(run.offset, whole)
         spares.give(whole)
         return filled
 
@@ -144,7 +148,7 @@ class Writer:
             first = cluster & reader.slice_mask
             stop = min(end, (cluster - first + (1 << reader.slice_bits)) << bits)
             inner = position & self._offset_in_cluster
-            run = self._mapping.in_place(slice_.data, first, inner, stop - position, self._file.size)
+            run = self.mapping.in_place(slice_.data, first, inner, stop - position, self._file.size)
             if not run[1]:
                 return False
             runs.append(run)
@@ -179,7 +183,7 @@ class Writer:
         bits, in_cluster, slice_mask = self._cluster_bits, self._offset_in_cluster, self._reader.slice_mask
         while view:
             first, inner = offset >> bits & slice_mask, offset & in_cluster
-            host, length = self._mapping.in_place(slice_.data, first, inner, len(view), self._file.size)
+            host, length = self.mapping.in_place(slice_.data, first, inner, len(view), self._file.size)
             if length:
                 await self._image.check_overlap(host, length)
                 await self._file.pwrite(host, view[:length])
@@ -193,7 +197,7 @@ class Writer:
         bits, entries = self._cluster_bits, slice_.data
         cluster = offset >> bits
         first, count = cluster & self._reader.slice_mask, (offset + len(view) - 1 >> bits) - cluster + 1
-        mapping, file_end = self._mapping, self._file.size
+        mapping, file_end = self.mapping, self._file.size
         # What cannot be written in place, up to where it can again. Bad entries are found before anything is written.
         new = 1
         while new < count and not mapping.in_place(entries, first + new, 0, 1, file_end)[1]:
@@ -300,7 +304,7 @@ class Writer:
             entry = entries[first + at]
             emptied = self._emptied(entry, unmap)
             if emptied != entry:
-                gone = self._mapping.host_clusters(entries, first + at, cluster + at, file_end)
+                gone = self.mapping.host_clusters(entries, first + at, cluster + at, file_end)
                 entries[first + at] = emptied
                 self._reader.cache.mark_dirty(slice_)
                 if gone is not None and emptied <= ZERO_FLAG:
