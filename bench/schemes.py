@@ -10,6 +10,7 @@ import contextlib
 import os
 from abc import ABC, abstractmethod
 
+from bench.figures import FLEECER
 from bench.images import Images
 from bench.subjects import SchemeName, Server, Subject
 
@@ -106,9 +107,13 @@ class Filter(Scheme):
 class BackupJob(Scheme):
     """The first scheme there was: blockdev-backup with sync=none into a qcow2 image over the live disk."""
 
+    def __init__(self, server: Server, images: Images, *options: str) -> None:
+        super().__init__(server, images)
+        self._options = options
+
     def prepare(self) -> None:
         for index, disk in enumerate(self.server.disks):
-            scratch = self.images.empty("qcow2", disk.size, name=f"scratch{index}")
+            scratch = self.images.empty("qcow2", disk.size, *self._options, name=f"scratch{index}")
             self._scratches.append(scratch.path)
             file = {"driver": "file", "filename": scratch.path}
             options = {"driver": "qcow2", "node-name": f"scratch{index}", "file": file, "backing": f"disk{index}"}
@@ -139,4 +144,9 @@ def scheme(name: SchemeName, subject: Subject, server: Server, images: Images) -
     """The scheme of that name as a subject does it: "snapshot" is what each has that is newest."""
     if name == "backup-job":
         return BackupJob(server, images)
+    if name == "backup-job-extended":
+        job = BackupJob(server, images, "-o", "extended_l2=on")
+        if subject.family == FLEECER:
+            job.cluster_bytes = 4 << 10
+        return job
     return Native(server, images) if subject.family == "fleecer" else Filter(server, images)

@@ -20,8 +20,9 @@ from bench.process import ServerProcess, call
 from fleecer.cli.qmp_client import QmpClient
 
 Family = Literal["fleecer", "qsd", "nbdkit", "floor"]
-SchemeName = Literal["snapshot", "backup-job"]
-"""Ways to keep a disk's past (schemes.py): each subject's newest, or the one that both daemons have."""
+SchemeName = Literal["snapshot", "backup-job", "backup-job-extended"]
+"""Ways to keep a disk's past (schemes.py): each subject's newest, or the one that both daemons have, into a qcow2 image
+as qemu-img makes it unasked, or into one with extended L2 entries."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def served(
 ) -> Iterator[Server]:
     """Serves disks under their names; sockets go to `directory`. The graph is one that the scheme can be put into.
 
-    For "backup-job" Fleecer gets the graph and the options that qemu-storage-daemon gets, in place of `fleecer serve`.
+    For backup jobs Fleecer gets the graph and the options that qemu-storage-daemon gets, in place of `fleecer serve`.
     """
     nbd_socket, qmp_socket = os.path.join(directory, "nbd.sock"), os.path.join(directory, "qmp.sock")
     match subject.family:
@@ -106,7 +107,7 @@ def served(
         case "nbdkit":
             (disk,) = disks
             command = [*subject.command, "-f", "-U", nbd_socket, "file", disk.path]
-        case "fleecer" if scheme != "backup-job":
+        case "fleecer" if scheme in (None, "snapshot"):
             images = [f"{disk.name}={disk.path}" for disk in disks]
             command = [*subject.command, "serve", "--run-dir", directory, *images]
         case _:

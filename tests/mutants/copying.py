@@ -84,12 +84,24 @@ MUTANTS = [
         "copied-at-once-but-not-written",
         _COPIER,
         """
-        done = snapshot.fresh if blank else snapshot.scratch.try_pwrite(start, data)
+        done = snapshot.fresh if blank else snapshot.scratch.try_pwrite(start, data, snapshot.serialising)
 """,
         """
-        done = snapshot.fresh if blank else snapshot.scratch.try_pwrite(start, data) or True
+        done = snapshot.fresh if blank else snapshot.scratch.try_pwrite(start, data, snapshot.serialising) or True
 """,
         "a copy that could not be made at once is not marked",
+    ),
+    Mutant(
+        "copied-at-once-as-if-nobody-read",
+        _COPIER,
+        """
+        done = snapshot.fresh if blank else snapshot.scratch.try_pwrite(start, data, snapshot.serialising)
+""",
+        """
+        done = snapshot.fresh if blank else snapshot.scratch.try_pwrite(start, data)
+""",
+        "a copy into an image over the disk waits for who reads the disk through that image",
+        tests=("tests/unit/block/test_at_once.py::test_what_is_copied_at_once_is_written_as_the_snapshot_wants_it",),
     ),
     Mutant(
         "copied-at-once-and-marked-too-far",

@@ -6,6 +6,7 @@ _FILE = "block/nodes/file.py"
 _FILE_STORAGE = "storage/file.py"
 _NODE = "block/nodes/qcow2/node.py"
 _WRITING = "block/nodes/qcow2/writing.py"
+_SUBCLUSTERS = "block/nodes/qcow2/subclusters.py"
 _COMMIT = "block/nodes/qcow2/commit.py"
 _ALLOCATOR = "block/nodes/qcow2/allocator.py"
 _METADATA = "block/nodes/qcow2/metadata.py"
@@ -513,7 +514,9 @@ MUTANTS = [
             slice_ = await self._fetch(cluster)
             self._width.put(slice_.data, cluster % self._per_slice, 0)
             self.cache.mark_dirty(slice_)
-            self._cursor = min(self._cursor, cluster)
+            if cluster < self._cursor:
+                self._cursor = cluster
+                self._free_end = 0
 """,
         """
         ordered = sorted(emptied)
@@ -523,7 +526,9 @@ MUTANTS = [
             slice_ = await self._fetch(cluster)
             self._width.put(slice_.data, cluster % self._per_slice, 0)
             self.cache.mark_dirty(slice_)
-            self._cursor = min(self._cursor, cluster)
+            if cluster < self._cursor:
+                self._cursor = cluster
+                self._free_end = 0
         if self._discard_freed:
             await self._discard(ordered)
 """,
@@ -722,5 +727,95 @@ MUTANTS = [
 """,
         "what is said not to have been done was not done in part",
         tests=("tests/unit/storage/test_file_storage.py::test_short_reads_and_writes_are_continued",),
+    ),
+    Mutant(
+        "alone-whoever-reads",
+        _NODE,
+        """
+        return not self._in_flight.overlaps(start, stop - start) and self._write_at_once(write, offset, data)
+""",
+        """
+        return self._write_at_once(write, offset, data)
+""",
+        "a serialising write at once is one where nobody else is in the cluster",
+        tests=("tests/unit/block/test_at_once.py::test_a_serialising_write_in_place_at_once_is_alone",),
+    ),
+    Mutant(
+        "free-clusters-known-after-a-release",
+        _ALLOCATOR,
+        """
+                self._cursor = cluster
+                self._free_end = 0
+""",
+        """
+                self._cursor = cluster
+""",
+        "a cluster is handed out once",
+    ),
+    Mutant(
+        "subcluster-claimed-by-bits-next-to-it",
+        _SUBCLUSTERS,
+        """
+        entries[index + len(entries) // 2] = bitmap & ~(mask << SUBCLUSTERS) | mask
+""",
+        """
+        entries[index + len(entries) // 2] = bitmap & ~(mask << SUBCLUSTERS) | mask | mask << 1
+""",
+        "a subcluster is allocated when all of it was written",
+        tests=("tests/unit/block/nodes/test_qcow2_random.py",),
+    ),
+    Mutant(
+        "subcluster-filled-in-part",
+        _SUBCLUSTERS,
+        """
+        before = await self._reader.read(start, offset - start) if start < offset else b""
+""",
+        """
+        before = bytes(offset - start)
+""",
+        "what a write leaves of a subcluster stays as it was",
+        tests=("tests/unit/block/nodes/test_qcow2_random.py",),
+    ),
+    Mutant(
+        "subclusters-linked-before-written",
+        _SUBCLUSTERS,
+        """
+            await self._fill_up(entries, host, offset, view)
+            self._link(slice_, host, offset, len(view))
+            return len(view)
+""",
+        """
+            self._link(slice_, host, offset, len(view))
+            await self._fill_up(entries, host, offset, view)
+            return len(view)
+""",
+        "a bitmap says that a subcluster is allocated only after all of it has been written",
+        tests=("tests/unit/block/nodes/test_qcow2_random.py",),
+    ),
+    Mutant(
+        "emptied-subclusters-of-a-packed-cluster",
+        _SUBCLUSTERS,
+        """
+                elif entries[index] & COMPRESSED:
+                    await""",
+        """
+                elif entries[index] & COMPRESSED and not unmap:
+                    await""",
+        "the bitmap of a compressed cluster is 0",
+        tests=("tests/interop/test_qcow2_peers.py::test_a_compressed_image_is_read_and_overwritten",),
+    ),
+    Mutant(
+        "shared-cluster-written-by-subclusters",
+        _SUBCLUSTERS,
+        """
+        host = entries[index] - COPIED
+        return host if 0 < host < self._file.size and not host & self.mapping.odd_bits else 0
+""",
+        """
+        host = entries[index] & ~COPIED
+        return host if 0 < host < self._file.size and not host & self.mapping.odd_bits else 0
+""",
+        "a cluster that a snapshot has too is not written to",
+        tests=("tests/unit/block/nodes/test_qcow2_power_cut.py::test_a_power_cut_leaves_internal_snapshots_intact",),
     ),
 ]

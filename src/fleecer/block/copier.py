@@ -45,7 +45,7 @@ from fleecer.units import KiB, MiB
 OnError = Literal["break-snapshot", "break-guest-write"]
 
 CLUSTER_SIZE_BYTES = 64 * KiB
-"""The unit of copying where QEMU's rules say so, for its drivers and jobs; else see `natural_cluster_size`."""
+"""The unit of copying where QEMU's rules say so, for its drivers; else see `natural_cluster_size`."""
 CLUSTER_SIZE_MIN = 512
 CLUSTER_SIZE_MAX = 64 * MiB
 TIMEOUT_S = 15.0
@@ -347,7 +347,7 @@ class Copier:
         newest = self._newest
         if newest is None:
             return True  # nobody wants the old data
-        if newest.serialising or (end - first) * self.cluster_size_bytes > COPY_MAX_BYTES:
+        if (end - first) * self.cluster_size_bytes > COPY_MAX_BYTES:
             return False
         for start, stop, settled in list(self._settled.runs(first, end)):
             if not settled:
@@ -366,7 +366,7 @@ class Copier:
         if data is None:
             return False
         blank = is_zero(data)
-        done = snapshot.fresh if blank else snapshot.scratch.try_pwrite(start, data)
+        done = snapshot.fresh if blank else snapshot.scratch.try_pwrite(start, data, snapshot.serialising)
         spares.give(data)
         if done:
             snapshot.hold(first, end, blank=blank)

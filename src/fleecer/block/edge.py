@@ -125,7 +125,7 @@ class Edge:
             and length <= node.limits.transfer_max_bytes
         )
 
-    def try_pwrite(self, offset: int, data: Buffer) -> bool:
+    def try_pwrite(self, offset: int, data: Buffer, serialising: bool = False) -> bool:
         """As `pwrite`, if that can be done at once; False, with nothing done, if not, or if it is to be refused."""
         node = self._node
         length = len(data)
@@ -139,7 +139,7 @@ class Edge:
             or length > node.limits.transfer_max_bytes
         ):
             return False
-        write = node.writer()
+        write = node.serialising_writer() if serialising else node.writer()
         return write is not None and write(offset, data)
 
     def reader(self) -> ReadAtOnce | None:
@@ -154,6 +154,12 @@ class Edge:
         if self._gate is not None or not self._plain or not self.writable:
             return None
         return self._node.writer()
+
+    def serialising_writer(self) -> WriteAtOnce | None:
+        """As `try_pwrite`, serialising, for many requests in a row; see `reader`."""
+        if self._gate is not None or not self._plain or not self.writable:
+            return None
+        return self._node.serialising_writer()
 
     # What has to wait, but for one request only, costs no coroutine either.
 
@@ -216,7 +222,7 @@ class Edge:
 
         Raises IoError: EPERM without write permission, ENOSPC outside the node.
         """
-        if not serialising and not tried and self.try_pwrite(offset, data):
+        if not tried and self.try_pwrite(offset, data, serialising):
             if fua:
                 await self.flush()
             return

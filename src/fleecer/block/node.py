@@ -77,6 +77,9 @@ class Problem(NamedTuple):
     span: tuple[int, int] | None = None
 
 
+_SHORT_CUTS = (("pread", "reader"), ("pread", "begin_pread"), ("pwrite", "writer"), ("pwrite", "serialising_writer"))
+
+
 class Node(abc.ABC):
     """One node. Subclasses set `size`, `limits`, `read_only` and `children` before anything is attached to them."""
 
@@ -87,7 +90,7 @@ class Node(abc.ABC):
     def __init_subclass__(cls) -> None:
         """Who overrides `pread` or `pwrite` alone gets every request there, and none takes a short cut past them."""
         super().__init_subclass__()
-        for operation, short_cut in (("pread", "reader"), ("pread", "begin_pread"), ("pwrite", "writer")):
+        for operation, short_cut in _SHORT_CUTS:
             if operation in cls.__dict__ and short_cut not in cls.__dict__:
                 setattr(cls, short_cut, getattr(Node, short_cut))
 
@@ -117,6 +120,13 @@ class Node(abc.ABC):
 
     def writer(self) -> WriteAtOnce | None:
         """What writes from here without a wait, not serialising; see `reader`."""
+        return None
+
+    def serialising_writer(self) -> WriteAtOnce | None:
+        """What writes from here without a wait where nothing else is in flight in the range, nor any look-up of it.
+
+        That is all that a serialising write is for (`pwrite`), if it is over before anything else can happen.
+        """
         return None
 
     def begin_pread(self, offset: int, length: int, ended: ReadEnded) -> bool:

@@ -19,7 +19,7 @@ import dataclasses
 from collections.abc import Coroutine, Iterator, Sequence
 from typing import Any, Literal
 
-from fleecer.block.copier import CLUSTER_SIZE_BYTES, TIMEOUT_S, OnError, Snapshot
+from fleecer.block.copier import TIMEOUT_S, OnError, Snapshot
 from fleecer.block.fleecing import Fleece, Plan, cut, uncut
 from fleecer.block.graph import LEAVE_TIMEOUT_S, Graph
 from fleecer.block.node import ZERO, Node
@@ -35,7 +35,8 @@ _STEPS_AT_ONCE = 4
 class BackupRequest:
     """What one backup is asked for. `fresh` says that the target was never written and reads as zeroes.
 
-    `cluster_size_bytes` is the unit of copying; that of the target, if it is larger.
+    `cluster_size_bytes` is the unit of copying, or that of the target, if it is larger; None leaves it to what disk and
+    target are (see `Plan`).
     """
 
     job_id: str
@@ -47,7 +48,7 @@ class BackupRequest:
     timeout_s: float = TIMEOUT_S
     auto_dismiss: bool = True
     fresh: bool = False
-    cluster_size_bytes: int = CLUSTER_SIZE_BYTES
+    cluster_size_bytes: int | None = None
 
 
 class BackupJob(Job):
@@ -170,7 +171,7 @@ async def start_backups(
                     filter_name=request.filter_name,
                     on_error=request.on_error,
                     timeout_s=request.timeout_s,
-                    cluster_size_bytes=max(request.cluster_size_bytes, request.target.limits.cluster_size_bytes),
+                    cluster_size_bytes=request.cluster_size_bytes,
                 )
             )
         fleeces = await cut(graph, plans)

@@ -13,6 +13,7 @@ import pytest
 from tests.fleecing_world import CLUSTER, World
 from tests.qcow2_world import checked, guest, new_image, open_image
 
+from fleecer.block.copier import Copier
 from fleecer.block.edge import Edge
 from fleecer.block.inflight import InFlight
 from fleecer.block.nodes.file import FileNode
@@ -20,7 +21,7 @@ from fleecer.block.nodes.qcow2 import Qcow2Node
 from fleecer.block.nodes.raw import RawNode
 from fleecer.errors import CorruptImage, IoError
 from fleecer.formats.qcow2.tables import COPIED
-from fleecer.ranges import Buffer
+from fleecer.ranges import Buffer, WriteAtOnce
 from fleecer.testing.memory import MemoryNode, MemoryStorage
 from fleecer.units import KiB, MiB
 
@@ -69,6 +70,24 @@ async def test_old_data_that_takes_no_wait_to_copy_is_copied_at_once() -> None:
     assert world.top.try_pwrite(CLUSTER - 1, b"zz")
     assert taken.fleece.snapshot.done.count() == 2
     await world.check_whole(taken)
+
+
+@pytest.mark.parametrize("serialising", [False, True])
+async def test_what_is_copied_at_once_is_written_as_the_snapshot_wants_it(*, serialising: bool) -> None:
+    class Target(FileNode):
+        """Has to be waited for by who wants to be alone."""
+
+        def serialising_writer(self) -> WriteAtOnce | None:
+            return None
+
+    disk = MemoryNode("disk", b"o" * 64 * KiB)
+    copier = Copier(Edge(disk, "copier", "file"), cluster_size_bytes=CLUSTER)
+    target = Edge(Target("target", MemoryStorage(64 * KiB)), "copier", "target", writable=True)
+    copier.take("s", target, serialising=serialising)
+    assert copier.preserved_at_once(0, 1) is not serialising
+    await copier.preserve(0, 1)
+    assert await target.pread(0, CLUSTER) == b"o" * CLUSTER
+    assert copier.preserved_at_once(0, 1)
 
 
 async def test_what_a_snapshot_is_reading_from_the_disk_is_not_changed_at_once() -> None:
@@ -218,6 +237,31 @@ async def test_a_serialising_write_to_new_clusters_needs_no_claim_where_it_is_al
         patched.delattr(InFlight, "enter")
         await edge.pwrite(64 * KiB, b"n" * 128 * KiB, serialising=True)
     assert edge.try_pread(64 * KiB, 1) == b"n"
+
+
+async def test_a_serialising_write_in_place_at_once_is_alone() -> None:
+    node, _ = await image_with_a_table()
+    edge = guest(node)
+    assert edge.try_pwrite(0, b"y", serialising=True)
+    reader = node._in_flight.enter(0, 64 * KiB)
+    assert edge.try_pwrite(0, b"z"), "it shares the cluster"
+    assert not edge.try_pwrite(0, b"z", serialising=True)
+    node._in_flight.leave(reader)
+    assert edge.try_pwrite(0, b"z", serialising=True)
+
+
+@pytest.mark.parametrize("misplaced", [4 * KiB, 512])
+async def test_a_table_that_lies_across_others_is_not_used_at_once(misplaced: int) -> None:
+    node, _ = await image_with_a_table()
+    edge = guest(node)
+    node._l1[0] += misplaced
+    for _ in range(2):  # as if its slice were in memory
+        assert not edge.try_pwrite(0, b"y")
+        assert not edge.try_pwrite(0, b"y" * 128 * KiB)
+        assert not edge.try_pwrite(64 * KiB, b"y")
+        with pytest.raises(CorruptImage):
+            edge.try_pread(0, 1)
+        node._slices[node._l1[0] & ~COPIED] = next(iter(node._slices.values()))
 
 
 async def test_nothing_is_allocated_for_a_write_that_could_not_be_done_at_once() -> None:

@@ -76,6 +76,10 @@ class FileNode(Node):
         """See `Node.writer`."""
         return self._write_at_once
 
+    def serialising_writer(self) -> WriteAtOnce | None:
+        """See `Node.serialising_writer`."""
+        return self._write_at_once
+
     def _read_at_once(self, offset: int, into: memoryview) -> bool:
         return not self._pooled.would_wait(offset, len(into)) and self.storage.try_pread_into(offset, into)
 
@@ -118,8 +122,6 @@ class FileNode(Node):
 
     async def pwrite(self, offset: int, data: Buffer, serialising: bool = False) -> None:
         """See `Node.pwrite`. Overlapping requests wait for each other where it matters, `serialising` or not."""
-        if serialising and self._write_at_once(offset, data):
-            return
         pooled = self._pooled
         length = len(data)
         claim = pooled.enter(offset, length, serialising=True)

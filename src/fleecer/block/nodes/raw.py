@@ -29,3 +29,7 @@ class RawNode(FilterNode):
     def writer(self) -> WriteAtOnce | None:
         """See `Node.writer`."""
         return self.child.writer()
+
+    def serialising_writer(self) -> WriteAtOnce | None:
+        """See `Node.serialising_writer`."""
+        return self.child.serialising_writer()

@@ -212,8 +212,9 @@ async def test_a_power_cut_while_the_refcount_table_moves_leaves_a_sound_image()
 
 
 @pytest.mark.peer
-async def test_a_power_cut_leaves_internal_snapshots_intact(tmp_path: Path) -> None:
-    start = await new_image(64 * 4096, cluster_size=4096)
+@pytest.mark.parametrize("kind", [{"cluster_size": 4096}, {"cluster_size": 16384, "extended_l2": True}])
+async def test_a_power_cut_leaves_internal_snapshots_intact(kind: dict[str, Any], tmp_path: Path) -> None:
+    start = await new_image(64 * 4096, **kind)
     node = await open_image(start)
     old = random.Random(3).randbytes(40 * 4096).ljust(64 * 4096, b"\0")
     await guest(node).pwrite(0, old[: 40 * 4096])

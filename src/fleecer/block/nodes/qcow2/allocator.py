@@ -50,8 +50,10 @@ class Allocator:
         self.table_dirty: set[int] = set()
         self.freed: list[tuple[int, int]] = []
         self._discard_freed = discard_freed
-        # No cluster below it is free.
+        # No cluster below it is free. Those from it to `_free_end` are, while `_counting`, their slice, is in memory.
         self._cursor = 0
+        self._free_end = 0
+        self._counting: Slice[bytearray] | None = None
         # No cluster from it on was ever written.
         self._written_end = -(-image.file.size >> bits)
         self._growth = SingleFlight()
@@ -81,28 +83,40 @@ class Allocator:
 
         It is good until something else is allocated or the caller gives way. Whether it is metadata was not looked at.
         """
+        counting = self._counting
+        known = counting is not None and self.cache.slices.get(counting.offset) is counting
+        if not (known and self._cursor < self._free_end) and not self._look_for_free():
+            return None
+        first = self._cursor
+        return Run(first << self._bits, min(most, self._free_end - first), first >= self._written_end)
+
+    def _look_for_free(self) -> bool:
+        """Moves the cursor to the next free cluster; False where that takes a wait."""
         width = self._width
         while True:
             index = self._cursor
-            slice_ = self._cached(index)
+            self._free_end = 0
+            slice_ = self._counting = self._cached(index)
             if slice_ is None:
-                return None
+                return False
             at = index % self._per_slice
             free = width.find_free(slice_.data, at)
             if free >= 0:
-                first = index - at + free
-                return Run(first << self._bits, width.free_run(slice_.data, free, most), first >= self._written_end)
+                self._cursor = index - at + free
+                self._free_end = self._cursor + width.free_run(slice_.data, free, self._per_slice)
+                return True
             self._cursor = index - at + self._per_slice
 
     def take(self, run: Run) -> None:
         """Allocates what `find` has just found."""
+        slice_ = self._counting
+        assert slice_ is not None, "nothing was found"
         first, count = run.offset >> self._bits, run.clusters
-        slice_ = self._cached(first)
-        assert slice_ is not None, "the refcounts of what was found are in memory"
         self._width.put_ones(slice_.data, first % self._per_slice, count)
         self.cache.mark_dirty(slice_)
-        self._cursor = first + count
-        self._written_end = max(self._written_end, first + count)
+        self._cursor = end = first + count
+        if end > self._written_end:
+            self._written_end = end
 
     async def _check_free(self, first: int, count: int) -> None:
         # Waits only when it raises.
@@ -157,7 +171,9 @@ class Allocator:
             slice_ = await self._fetch(cluster)
             self._width.put(slice_.data, cluster % self._per_slice, 0)
             self.cache.mark_dirty(slice_)
-            self._cursor = min(self._cursor, cluster)
+            if cluster < self._cursor:
+                self._cursor = cluster
+                self._free_end = 0
 
     async def _discard(self, clusters: list[int]) -> None:
         file, bits = self._image.file, self._bits

@@ -32,6 +32,7 @@ from fleecer.formats.qcow2.header import COMPRESSION_ZSTD, LAZY_REFCOUNTS
 from fleecer.formats.qcow2.tables import COPIED, Backing, Data, Zero
 from fleecer.ranges import PIECE_BYTES, Buffer, ReadAtOnce, WriteAtOnce, align_down, align_up
 from fleecer.storage.api import ReadEnded
+from fleecer.units import KiB
 
 STATUS_EXTENTS_MAX = 4096
 STATUS_ENTRIES_MAX = 32768
@@ -79,7 +80,7 @@ class Qcow2Node(Node):
     ) -> None:
         header = image.header
         limits = Limits(
-            preferred_bytes=header.cluster_size,
+            preferred_bytes=max(header.subcluster_size, min(header.cluster_size, 4 * KiB)),
             cluster_size_bytes=header.subcluster_size,
             zero_is_fast=header.version >= 3,
             reads_zero_when_new=backing is None,
@@ -126,9 +127,14 @@ class Qcow2Node(Node):
         return functools.partial(self._read_at_once, read) if read is not None else None
 
     def writer(self) -> WriteAtOnce | None:
-        """See `Node.writer`: in clusters in a row that are ours alone, their slice in memory, which nobody changes."""
+        """See `Node.writer`: in clusters in a row, ours alone or new, their slice in memory, which nobody changes."""
         write = self._file.writer() if self._image.accepts_writes else None
         return functools.partial(self._write_at_once, write) if write is not None else None
+
+    def serialising_writer(self) -> WriteAtOnce | None:
+        """See `Node.serialising_writer`: as `writer`, and to new clusters, where no claim touches them."""
+        write = self._file.writer() if self._image.accepts_writes else None
+        return functools.partial(self._write_alone_at_once, write) if write is not None else None
 
     def _read_at_once(self, read: ReadAtOnce, offset: int, into: memoryview) -> bool:
         if not (place := self._place_in_file(offset, len(into))):
@@ -201,6 +207,10 @@ class Qcow2Node(Node):
             return self._writer.write_new_at_once(write, slice_, offset, data)
         return write(host + inner, data)
 
+    def _write_alone_at_once(self, write: WriteAtOnce, offset: int, data: Buffer) -> bool:
+        start, stop, _ = self._claim_bounds(offset, len(data))
+        return not self._in_flight.overlaps(start, stop - start) and self._write_at_once(write, offset, data)
+
     def _write_run_at_once(self, write: WriteAtOnce, slice_: Slice[array[int]], offset: int, data: Buffer) -> bool:
         length = len(data)
         start, stop, _ = self._claim_bounds(offset, length)
@@ -237,8 +247,6 @@ class Qcow2Node(Node):
             await self._prepare()
         start, stop, _ = self._claim_bounds(offset, len(data))
         in_flight = self._in_flight
-        if serialising and self._write_alone_at_once(offset, data):
-            return
         if not serialising and not self._needs_new(offset):
             claim = in_flight.enter(start, stop - start)
             try:
@@ -255,15 +263,6 @@ class Qcow2Node(Node):
             await self._writer.write(offset, memoryview(data))
         finally:
             in_flight.leave(claim)
-
-    def _write_alone_at_once(self, offset: int, data: Buffer) -> bool:
-        """A serialising write to new clusters: who is alone and does not wait needs no claim."""
-        cluster, last = offset >> self._cluster_bits, offset + len(data) - 1 >> self._cluster_bits
-        slice_ = self._reader.slice_in_memory(cluster)
-        write = self._file.writer()
-        if slice_ is None or write is None or (cluster ^ last) & ~self._slice_mask:
-            return False
-        return self._writer.write_new_at_once(write, slice_, offset, data)
 
     def _needs_new(self, offset: int) -> bool:
         """Whether the cluster there cannot be written in place as it is now, as far as that is in memory."""
