@@ -22,7 +22,7 @@ Each actor does one thing after the other, all actors at once. `held` are made b
 written (-1: all). `seed` decides times and tearing; `prompt` gives disks that take no time, so that the schedule alone
 decides. `over_nbd` puts a connection between everyone and the disk, with room for `room_bytes` on the way.
 `copy_timeout_s` bounds copies; 0: it does not. `on_error` tells what gives way where a copy fails; with `unmap` a qcow2
-image discards what it frees.
+image discards what it frees; with `extended_l2` qcow2 images have subclusters.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ class Case:
     on_error: OnError = "break-snapshot"
     unmap: bool = False
     room_bytes: int = BUFFER_BYTES
+    extended_l2: bool = False
 
     def to_json(self) -> str:
         """One line that `from_json` reads."""
@@ -108,6 +109,7 @@ def draw_case(seed: int) -> Case:
         filled=draw.choice((-1, -1, 0, 8)),
         unmap=draw.random() < 0.3,
         room_bytes=draw.choice(_ROOMS),
+        extended_l2=draw.random() < 0.25,
     )
 
 
@@ -188,6 +190,7 @@ async def _prepare(case: Case, trace: list[str] | None, medium: Medium | None) -
         flushes=any("flush" in actor for actor in case.actors),
         unmap=case.unmap,
         room_bytes=case.room_bytes,
+        extended_l2=case.extended_l2,
         trace=trace,
     )
     world.do_at_once(1.0)  # until the actors come: how the disk came to be is not what is searched

@@ -39,13 +39,13 @@ from fleecer.testing.sim.loop import simulate
 from fleecer.testing.sim.oracle import SECTOR_BYTES, Violation, stamp
 from fleecer.testing.sim.world import OF_BASE, Format, Medium, World, make_world
 
-Setting = Literal["fresh", "used", "unmap", "backing", "snapshot", "raw"]
+Setting = Literal["fresh", "used", "unmap", "backing", "snapshot", "raw", "subclusters"]
 OPERATIONS = ("write 0 8", "write 4 12", "zero 0 16", "discard 0 8", "flush", "fua 4 12")
 _DURABLE = ("fzero 0 16", "fzero 4 8")
 _INLINE_MAX = 2
 _CHANGES = ("write 0 8", "write 4 12", "zero 0 16", "discard 0 8", "write 8 16")
 SETTINGS: tuple[Setting, ...] = get_args(Setting)
-_FORMATS: dict[Setting, Format] = {"backing": "overlay", "raw": "raw"}  # else qcow2
+_FORMATS: dict[Setting, Format] = {"backing": "overlay", "raw": "raw", "subclusters": "overlay"}  # else qcow2
 EXHAUSTIVE_SECTORS_MAX = 8
 SAMPLES = 16
 _NEW = 1 << 41  # number of what is written after the cut
@@ -122,6 +122,7 @@ async def _run(workload: Workload) -> World:
         medium=Medium(record=True),
         over_nbd=workload.setting == "raw",
         unmap=workload.setting == "unmap",
+        extended_l2=workload.setting == "subclusters",
     )
     world.history.clock = lambda: world.image.position
     if workload.setting == "snapshot":

@@ -27,6 +27,7 @@ from fleecer.errors import FleecerError, JobError
 from fleecer.export import Export
 from fleecer.export.server import Server
 from fleecer.formats.qcow2.create import create_image
+from fleecer.formats.qcow2.subclusters import SUBCLUSTERS
 from fleecer.jobs import BackupJob, BackupRequest, JobTable, start_backups
 from fleecer.net.nbd_client import NbdClient
 from fleecer.ranges import Buffer, ReadAtOnce, WriteAtOnce
@@ -74,6 +75,7 @@ class World:
         self.jobs = JobTable()
         self.server: Server | None = None
         self.room_bytes = BUFFER_BYTES  # what a connection takes before its reader reads
+        self.extended_l2 = False  # whether qcow2 images have subclusters
         self.held: list[Held] = []
         self.disks: list[SimDisk] = []
         self.image: SimDisk
@@ -130,6 +132,10 @@ class World:
         )
         self.disks.append(disk)
         return disk
+
+    def empty_image(self) -> bytes:
+        """A new qcow2 image for a disk as large as this one."""
+        return _empty_image(self.size, self.extended_l2)
 
     async def door(self, name: str, edge: Edge) -> Edge:
         """A client's way to what `edge` leads to: the edge itself, or a connection to an export of it."""
@@ -289,9 +295,9 @@ class World:
         name = f"b{self._serial}"
         below = self.node
         for level in range(depth):
-            middle = self.disk(_empty_image(self.size), f"middle-{name}-{level}")
+            middle = self.disk(self.empty_image(), f"middle-{name}-{level}")
             below = await self._overlay(f"{name}-{level}", middle, below, read_only=True)
-        disk = target or self.disk(_empty_image(self.size), f"target-{name}")
+        disk = target or self.disk(self.empty_image(), f"target-{name}")
         node = await self._overlay(name, disk, below, read_only=False)
         reader = self.graph.attach(node, f"export {name}", "nbd")
         request = self._request(name, node, sync)
@@ -582,15 +588,18 @@ async def make_world(
     flushes: bool = True,
     unmap: bool = False,
     room_bytes: int = BUFFER_BYTES,
+    extended_l2: bool = False,
     trace: list[str] | None = None,
 ) -> World:
     """A disk of `clusters` clusters of 4 KiB, with no snapshot, and a guest's way to it, `over_nbd` or directly.
 
     Connections have room for `room_bytes` on the way. Who `flushes` does it by a connection of their own. With `unmap`
-    clusters of a qcow2 image that are freed are discarded in its file.
+    clusters of a qcow2 image that are freed are discarded in its file. With `extended_l2` qcow2 images, also those that
+    jobs write to, have subclusters, of a sector each; the disk is one cluster of such an image, or a part of one.
     """
     world = World(generator, clusters, medium or Medium(), trace)
     world.room_bytes = room_bytes
+    world.extended_l2 = extended_l2
     record = world.records
     if format in ("raw", "bare", "blocks"):
         world.image = world.disk(
@@ -603,7 +612,7 @@ async def make_world(
         world.node = BareNode("disk", world.image) if format == "bare" else FileNode("disk", world.image)
         world.graph.add(world.node, named=True)
     else:
-        world.image = world.disk(_empty_image(world.size), "image", record=record)
+        world.image = world.disk(world.empty_image(), "image", record=record)
         file_node = world.add(world.image)
         file = world.graph.attach(file_node, "node 'disk'", "file", writable=True, may_grow=True, shares_write=False)
         backing = None
@@ -625,9 +634,10 @@ async def make_world(
 
 
 @functools.cache
-def _empty_image(size: int) -> bytes:
-    """A new qcow2 image with small clusters."""
-    image = create_image(size, cluster_size=CLUSTER_BYTES)
+def _empty_image(size: int, extended_l2: bool) -> bytes:
+    """A new qcow2 image with small clusters, or small subclusters."""
+    cluster_size = SUBCLUSTERS * SECTOR_BYTES if extended_l2 else CLUSTER_BYTES
+    image = create_image(size, cluster_size=cluster_size, extended_l2=extended_l2)
     data = bytearray()
     for offset, piece in image.pieces:
         data.extend(bytes(max(0, offset + len(piece) - len(data))))
