@@ -158,7 +158,7 @@ class Soak:
         (self._images / "base.raw").write_bytes(self._layout.base(DISK_NAMES.index("c")))
         await self._qemu_img("create", "-q", "-f", "qcow2", "a.qcow2", str(_SIZES[0]))
         await self._qemu_img("create", "-q", "-f", "raw", "b.raw", str(_SIZES[1]))
-        backing = ("-b", "base.raw", "-F", "raw")
+        backing = ("-b", "base.raw", "-F", "raw", "-o", "extended_l2=on")
         await self._qemu_img("create", "-q", "-f", "qcow2", *backing, "c.qcow2", str(_SIZES[2]))
         prefix = await namespace_prefix(self._tight)
         self._tight_works = bool(prefix)

@@ -104,9 +104,11 @@ class First:
     async def prepare(self) -> None:
         """The targets, opened on the live disks."""
         sizes = {disk["name"]: disk["size"] for disk in await self._daemon.execute("query-disks")}
-        for disk, path in self._targets.items():
+        for number, (disk, path) in enumerate(self._targets.items()):
+            options = ("-o", "extended_l2=on") if number % 2 else ()
             maker = await asyncio.create_subprocess_exec(
-                *("qemu-img", "create", "-q", "-f", "qcow2", str(path), str(sizes[disk])), start_new_session=True
+                *("qemu-img", "create", "-q", "-f", "qcow2", *options, str(path), str(sizes[disk])),
+                start_new_session=True,
             )
             if await maker.wait():
                 raise RuntimeError(f"qemu-img could not create {path}")
@@ -114,8 +116,8 @@ class First:
             if self.starved:
                 rule = {"operation": "write", "errno": _ENOSPC, "after": _STARVED_WRITES}
                 file = {"driver": "fault", "file": file, "rules": [rule]}
-            options = {"driver": "qcow2", "node-name": self.export(disk), "file": file, "backing": disk}
-            await self._daemon.execute("blockdev-add", options)
+            node = {"driver": "qcow2", "node-name": self.export(disk), "file": file, "backing": disk}
+            await self._daemon.execute("blockdev-add", node)
 
     async def create(self) -> None:
         """One transaction."""
