@@ -156,6 +156,42 @@ async def test_refcounts_and_l2_entries_of_all_kinds() -> None:
         await used(bytes(data), round_)
 
 
+async def extended_image(seed: int = 0) -> tuple[bytes, int]:
+    """An image with extended L2 entries of every sort, and where its L2 table is."""
+    storage = await new_image(SIZE, cluster_size=4 * CLUSTER, extended_l2=True)
+    node = await open_image(storage)
+    generator = random.Random(seed)
+    for _ in range(20):
+        at = generator.randrange(SIZE - 5 * CLUSTER)
+        await guest(node).pwrite(at, generator.randbytes(generator.randint(1, 5 * CLUSTER)))
+    await guest(node).zero(3 * CLUSTER, 9 * CLUSTER, unmap=False)
+    await guest(node).discard(40 * CLUSTER + 512, 6 * CLUSTER)
+    await node.close()
+    return bytes(storage.data), node._l1[0] & OFFSET_MASK
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_extended_l2_entries_of_all_kinds(seed: int) -> None:
+    sound, l2 = await extended_image(seed)
+    assert await used(sound) == "opened"
+    generator = random.Random(seed)
+    for round_ in range(40):
+        data = bytearray(sound)
+        for cluster in range(25):
+            if generator.random() < 0.3:
+                host = generator.choice((0, generator.randrange(len(data)), generator.getrandbits(56)))
+                host &= generator.choice((-1, -4 * CLUSTER))
+                flags = generator.choice((0, 1 << 63, 1 << 62, 1, 1 << 63 | 1))
+                struct.pack_into(">Q", data, l2 + cluster * 16, host | flags)
+            if generator.random() < 0.3:
+                bitmap = generator.choice((0, 1, 1 << 32, (1 << 32) - 1, (1 << 64) - 1, generator.getrandbits(64)))
+                struct.pack_into(">Q", data, l2 + cluster * 16 + 8, bitmap)
+        for _ in range(generator.choice((0, 0, 8))):
+            bit = generator.randrange(8 * len(data))
+            data[bit >> 3] ^= 1 << (bit & 7)
+        await used(bytes(data), round_)
+
+
 @pytest.mark.parametrize("length", [0, 1, 71, 72, 103, 104, 4095])
 async def test_a_file_that_is_cut_off_in_its_header_is_refused(length: int) -> None:
     with pytest.raises(FormatError):

@@ -207,11 +207,13 @@ async def test_an_image_left_dirty_by_qemu_is_repaired(tmp_path: Path) -> None:
     assert as_raw(path)[1 << 20 : 6 << 20] == b"\3" * (5 << 20)
 
 
-async def test_both_checks_agree_on_damaged_tables(tmp_path: Path) -> None:
-    sound = await new_image(600 * 4096, cluster_size=4096)
+@pytest.mark.parametrize("extended_l2", [False, True])
+async def test_both_checks_agree_on_damaged_tables(*, extended_l2: bool, tmp_path: Path) -> None:
+    size, entry_bytes = (16384, 16) if extended_l2 else (4096, 8)
+    sound = await new_image(600 * size, cluster_size=size, extended_l2=extended_l2)
     node = await open_image(sound)
-    await guest(node).pwrite(0, random.Random(1).randbytes(500 * 4096))
-    await guest(node).discard(100 * 4096, 20 * 4096)
+    await guest(node).pwrite(0, random.Random(1).randbytes(500 * size))
+    await guest(node).discard(100 * size, 20 * size)
     await node.close()
     header, l2 = node._image.header, node._l1[0] & OFFSET_MASK
     block = struct.unpack_from(">Q", sound.data, header.refcount_table_offset)[0]
@@ -220,15 +222,25 @@ async def test_both_checks_agree_on_damaged_tables(tmp_path: Path) -> None:
     for _ in range(40):
         damaged = MemoryStorage(bytes(sound.data), name="image")
         for _ in range(generator.randint(1, 3)):
-            kind = generator.choice(("refcount", "refcount", "copied", "entry", "flip", "l1"))
+            kind = generator.choice(
+                ("refcount", "refcount", "copied", "entry", "flip", "l1", *["bitmap"] * extended_l2)
+            )
             if kind == "refcount":
-                struct.pack_into(">H", damaged.data, block + 2 * generator.randrange(700), generator.randint(0, 2))
+                struct.pack_into(
+                    ">H",
+                    damaged.data,
+                    block + 2 * generator.randrange(len(sound.data) // size),
+                    generator.randint(0, 2),
+                )
+            elif kind == "bitmap":
+                bits = generator.choice((1 << 32 | 1, 0, (1 << 32) - 1, 1 << 35))
+                struct.pack_into(">Q", damaged.data, l2 + entry_bytes * generator.randrange(500) + 8, bits)
             elif kind == "l1":
                 struct.pack_into(
                     ">Q", damaged.data, header.l1_table_offset + 8, generator.choice((0, 1 << 60, 1 << 63))
                 )
             else:
-                at = l2 + 8 * generator.randrange(500)
+                at = l2 + entry_bytes * generator.randrange(500)
                 entry = struct.unpack_from(">Q", damaged.data, at)[0]
                 changed = {"copied": entry ^ 1 << 63, "entry": 0, "flip": entry ^ 1 << generator.randrange(9, 30)}[kind]
                 struct.pack_into(">Q", damaged.data, at, changed)
