@@ -500,6 +500,7 @@ MUTANTS = [
         for at in range(new):
             entries[first + at] = run.offset""",
         "only clusters that were allocated are linked",
+        tests=("tests/unit/block/nodes/test_qcow2_random.py",),
     ),
     Mutant(
         "freed-clusters-discarded-when-free",
@@ -720,10 +721,10 @@ MUTANTS = [
         "written-in-part-at-once",
         _FILE_STORAGE,
         """
-            self._pwrite(offset + count, memoryview(data)[count:])
+                self._pwrite(offset, data, count)
 """,
         """
-            return False
+                return False
 """,
         "what is said not to have been done was not done in part",
         tests=("tests/unit/storage/test_file_storage.py::test_short_reads_and_writes_are_continued",),
@@ -817,5 +818,31 @@ MUTANTS = [
 """,
         "a cluster that a snapshot has too is not written to",
         tests=("tests/unit/block/nodes/test_qcow2_power_cut.py::test_a_power_cut_leaves_internal_snapshots_intact",),
+    ),
+    Mutant(
+        "status-of-subclusters-without-bound",
+        "block/nodes/qcow2/reading.py",
+        """
+        while offset < end and (entries_max is None or (seen < entries_max and len(plans) < PLANS_MAX)):
+""",
+        """
+        while offset < end and (entries_max is None or seen < entries_max):
+""",
+        "a status answer takes bounded memory and time",
+        tests=("tests/unit/block/nodes/test_qcow2_node.py::test_status_stops_after_a_bounded_number_of_subclusters",),
+    ),
+    Mutant(
+        "what-failed-left-is-found-later",
+        _FILE_STORAGE,
+        """
+            self.size = max(self.size, os.fstat(self._fd).st_size)
+""",
+        """
+            os.fstat(self._fd)
+""",
+        "what a failed write left behind does not turn up later",
+        tests=(
+            "tests/unit/storage/test_file_storage.py::test_what_a_write_that_failed_left_past_the_end_is_there_at_once",
+        ),
     ),
 ]

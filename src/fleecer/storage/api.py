@@ -76,7 +76,7 @@ class Storage(Protocol):
         """
 
     def try_pwrite(self, offset: int, data: Buffer) -> bool:
-        """Writes `data` and returns True, or returns False: use `pwrite`, which writes all of it (again)."""
+        """Writes `data` and returns True, or does nothing and returns False: use `pwrite`."""
 
     def begin_pread(self, offset: int, length: int, ended: ReadEnded) -> bool:
         """Begins to do what `pread` does, and returns True; or returns False: use `pread`.

@@ -230,7 +230,11 @@ class FileStorage:
         if policy.quick_to_go or now_s - begun_s > policy.SLOW_S:
             policy.ended(begun_s, now_s)
         if count != length:
-            self._pwrite(offset + count, memoryview(data)[count:])
+            try:
+                self._pwrite(offset, data, count)
+            except IoError:
+                self._look_at_size()
+                raise
         if offset + length > self.size:
             self.size = offset + length
         return True
@@ -292,7 +296,11 @@ class FileStorage:
 
     async def pwrite(self, offset: int, data: Buffer) -> None:
         """See `Storage.pwrite`."""
-        await running_pool().submit(self._lane, self._pwrite, offset, data)
+        try:
+            await running_pool().submit(self._lane, self._pwrite, offset, data)
+        except IoError:
+            self._look_at_size()
+            raise
         self.size = max(self.size, offset + len(data))
 
     async def zero(self, offset: int, length: int, unmap: bool) -> None:
@@ -362,9 +370,13 @@ class FileStorage:
             raise self._failed(error, "read", offset, length) from error
         return data
 
-    def _pwrite(self, offset: int, data: Buffer) -> None:
+    def _look_at_size(self) -> None:
+        """A write failed half-way: what it left past the end is there from now on, not when the file grows next."""
+        with contextlib.suppress(OSError):
+            self.size = max(self.size, os.fstat(self._fd).st_size)
+
+    def _pwrite(self, offset: int, data: Buffer, done: int = 0) -> None:
         view = memoryview(data)
-        done = 0
         try:
             while done < len(view):
                 count = os.pwrite(self._fd, view[done:], offset + done)

@@ -19,6 +19,7 @@ import pytest
 from tests.open_files import open_files
 from tests.storage_world import read_at_once, without_nowait
 
+from fleecer.block.edge import Edge
 from fleecer.block.nodes.file import FileNode
 from fleecer.errors import FleecerError, IoError, UsageError
 from fleecer.ranges import is_zero
@@ -320,6 +321,27 @@ async def test_short_reads_and_writes_are_continued(
     assert storage.try_pwrite(SIZE - 5_000, data) is True
     assert storage.size == SIZE + 5_000
     assert await storage.pread(SIZE - 5_000, 10_000) == data
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+async def test_what_a_write_that_failed_left_past_the_end_is_there_at_once(
+    storage: FileStorage, at_once: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real_pwrite = os.pwrite
+
+    def fills_up(fd: int, data: Any, offset: int) -> int:
+        if offset >= SIZE + 100:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real_pwrite(fd, memoryview(data)[:100], offset)
+
+    node = FileNode("disk", storage)
+    edge = Edge(node, "guest", "file", writable=True, may_grow=True)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", fills_up)
+        with pytest.raises(IoError, match=f"4096 bytes at {SIZE}"):
+            await edge.pwrite(SIZE, b"x" * 4096, tried=not at_once)
+    assert storage.size == node.size == SIZE + 100
+    assert bytes(await edge.pread(SIZE, 100)) == b"x" * 100
 
 
 async def test_a_write_of_nothing_is_an_error(storage: FileStorage, monkeypatch: pytest.MonkeyPatch) -> None:

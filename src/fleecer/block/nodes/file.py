@@ -90,7 +90,7 @@ class FileNode(Node):
         try:
             done = self.storage.try_pwrite(offset, data)
         except IoError:
-            self._changed(0)
+            self._changed(offset + length)
             raise
         if done:
             self._changes += 1

@@ -17,6 +17,7 @@ from tests.qcow2_world import HeldStorage, checked, guest, new_image, open_image
 from fleecer.block.node import HOLE, ZERO, Extent
 from fleecer.block.nodes.file import FileNode
 from fleecer.block.nodes.qcow2 import Qcow2Node
+from fleecer.block.nodes.qcow2.reading import PLANS_MAX
 from fleecer.errors import CorruptImage, FleecerError, IoError
 from fleecer.formats.qcow2.header import AUTOCLEAR_FIELD, CORRUPT, DIRTY, INCOMPATIBLE_FIELD
 from fleecer.formats.qcow2.tables import COPIED, OFFSET_MASK, ZERO_FLAG
@@ -791,6 +792,22 @@ async def test_status_stops_after_a_bounded_number_of_entries() -> None:
         await edge.pwrite(start, random.Random(start).randbytes(4 * MiB))
     answer = await edge.block_status(0, 64 * MiB)
     assert 0 < sum(extent.length for extent in answer) < 18 * MiB
+
+
+async def test_status_stops_after_a_bounded_number_of_subclusters() -> None:
+    cluster = 16 * KiB
+    storage = await new_image(2048 * cluster, cluster_size=cluster, extended_l2=True)
+    node = await open_image(storage)
+    for at in range(2048):
+        if at % 1024 == 0:
+            await guest(node).pwrite(at * cluster, b"x")  # makes the table
+        slice_ = await node._reader.slice(at)
+        assert slice_ is not None
+        slice_.data[at & 255] = 0
+        slice_.data[(at & 255) + 256] = 0x55555555 << 32  # every second subcluster
+    assert PLANS_MAX <= len(await node._reader.plan(0, node.size, 1 << 20)) <= PLANS_MAX + 256 * 32
+    extents = await guest(node).block_status(0, node.size)
+    assert 0 < len(extents) <= PLANS_MAX + 256 * 32
 
 
 async def test_status_takes_what_is_not_allocated_from_the_backing_node() -> None:

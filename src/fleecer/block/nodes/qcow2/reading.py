@@ -18,6 +18,8 @@ from fleecer.formats.qcow2.tables import COPIED, Backing, Compressed, Data, Plan
 from fleecer.ranges import Buffer, ReadAtOnce, ends_piece, zeroes
 
 SLICE_BYTES_MAX = 4096
+PLANS_MAX = 4096
+"""Where a plan may stop, it does with the slice after so many parts: an entry with subclusters can make 32."""
 _OTHER_BITS = COPIED - 1
 
 
@@ -76,7 +78,7 @@ class Reader:
         plans: list[Plan] = []
         end = offset + length
         seen = 0
-        while offset < end and (entries_max is None or seen < entries_max):
+        while offset < end and (entries_max is None or (seen < entries_max and len(plans) < PLANS_MAX)):
             slice_ = await self.slice(offset >> bits)
             stop = self._plan_part(plans, slice_, offset, end)
             seen += (stop - offset >> bits) + 1 if slice_ is not None else 1
