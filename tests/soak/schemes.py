@@ -159,9 +159,12 @@ class First:
             await self._daemon.execute("block-export-del", {"id": self.export(disk), "mode": "hard"})
         for disk in self._disks:
             job = f"job-{self.export(disk)}"
-            states = {found["id"]: found["status"] for found in await self._daemon.execute("query-jobs")}
-            if states[job] != "concluded":
-                await self._daemon.execute("job-cancel", {"id": job})
+            if not await self._has_concluded(job):
+                try:
+                    await self._daemon.execute("job-cancel", {"id": job})
+                except FleecerError:
+                    if not await self._has_concluded(job):  # as it may have between question and command, by breaking
+                        raise
             await self._daemon.execute("job-dismiss", {"id": job})
             try:
                 await self._daemon.execute("blockdev-del", {"node-name": self.export(disk)})
@@ -169,6 +172,10 @@ class First:
                 if not self.starved:  # such a target cannot be closed without an error, but it goes
                     raise
         self.clean_up()
+
+    async def _has_concluded(self, job: str) -> bool:
+        states = {found["id"]: found["status"] for found in await self._daemon.execute("query-jobs")}
+        return states[job] == "concluded"
 
     def clean_up(self) -> None:
         """The target files."""
