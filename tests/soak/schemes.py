@@ -175,7 +175,7 @@ class First:
 
     async def _has_concluded(self, job: str) -> bool:
         states = {found["id"]: found["status"] for found in await self._daemon.execute("query-jobs")}
-        return states[job] == "concluded"
+        return bool(states[job] == "concluded")
 
     def clean_up(self) -> None:
         """The target files."""
