@@ -11,6 +11,7 @@ import zlib
 import pytest
 from tests.qcow2_world import checked, guest, new_image, open_image
 
+from fleecer.block.nodes.qcow2 import Qcow2Node
 from fleecer.errors import FleecerError, FormatError
 from fleecer.formats.qcow2.tables import COMPRESSED, OFFSET_MASK
 from fleecer.testing.memory import MemoryStorage
@@ -33,15 +34,21 @@ FIELDS += [
 ]
 
 
-async def sound_image(seed: int = 0) -> bytes:
-    """An image with data, zero clusters, compressed clusters and discarded ones."""
-    storage = await new_image(SIZE, cluster_size=CLUSTER)
+async def filled(storage: MemoryStorage, seed: int) -> Qcow2Node:
+    """A new image, opened, with data and zeroes here and there."""
     node = await open_image(storage)
     generator = random.Random(seed)
     for _ in range(20):
         at = generator.randrange(SIZE - 5 * CLUSTER)
         await guest(node).pwrite(at, generator.randbytes(generator.randint(1, 5 * CLUSTER)))
     await guest(node).zero(3 * CLUSTER, 9 * CLUSTER, unmap=False)
+    return node
+
+
+async def sound_image(seed: int = 0) -> bytes:
+    """An image with data, zero clusters, compressed clusters and discarded ones."""
+    storage = await new_image(SIZE, cluster_size=CLUSTER)
+    node = await filled(storage, seed)
     await guest(node).pwrite(90 * CLUSTER, bytes(CLUSTER))
     await node.close()
     # A compressed cluster where that last one was stored, which stays counted once.
@@ -159,12 +166,7 @@ async def test_refcounts_and_l2_entries_of_all_kinds() -> None:
 async def extended_image(seed: int = 0) -> tuple[bytes, int]:
     """An image with extended L2 entries of every sort, and where its L2 table is."""
     storage = await new_image(SIZE, cluster_size=4 * CLUSTER, extended_l2=True)
-    node = await open_image(storage)
-    generator = random.Random(seed)
-    for _ in range(20):
-        at = generator.randrange(SIZE - 5 * CLUSTER)
-        await guest(node).pwrite(at, generator.randbytes(generator.randint(1, 5 * CLUSTER)))
-    await guest(node).zero(3 * CLUSTER, 9 * CLUSTER, unmap=False)
+    node = await filled(storage, seed)
     await guest(node).discard(40 * CLUSTER + 512, 6 * CLUSTER)
     await node.close()
     return bytes(storage.data), node._l1[0] & OFFSET_MASK

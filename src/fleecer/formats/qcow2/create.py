@@ -23,6 +23,7 @@ from fleecer.formats.qcow2.header import (
     Extension,
     Header,
     l1_entries_needed,
+    l1_reach_bits,
 )
 from fleecer.formats.qcow2.refcounts import References, lay_out_refcounts
 from fleecer.ranges import align_up, is_power_of_two
@@ -123,7 +124,7 @@ def _checked_cluster_bits(size: int, cluster_size: int, extended_l2: bool) -> in
         where = " with extended L2 entries" if extended_l2 else ""
         raise UsageError(f"cluster size {cluster_size} is not a power of two from {low} to {high}{where}")
     if size < 0 or l1_entries_needed(size, bits, extended_l2=extended_l2) > L1_ENTRIES_MAX:
-        most = L1_ENTRIES_MAX << (2 * bits - (4 if extended_l2 else 3))
+        most = L1_ENTRIES_MAX << l1_reach_bits(bits, extended_l2=extended_l2)
         raise UsageError(f"image size {size} is outside 0 to {most}, the limit with clusters of {cluster_size} bytes")
     return bits
 

@@ -107,7 +107,7 @@ class Header:
     @property
     def l2_entries(self) -> int:
         """Entries in an L2 table, which is one cluster."""
-        return 1 << (self.cluster_bits - (4 if self.extended_l2 else 3))
+        return 1 << (l1_reach_bits(self.cluster_bits, extended_l2=self.extended_l2) - self.cluster_bits)
 
     @property
     def extended_l2(self) -> bool:
@@ -335,9 +335,14 @@ def _check_features(header: Header, path: str) -> None:
         raise UnsupportedFormat(path, f"compression_type {kind} is neither 0 (deflate) nor 1 (zstd)")
 
 
+def l1_reach_bits(cluster_bits: int, *, extended_l2: bool) -> int:
+    """An L1 entry, which is an L2 table of one cluster, maps 1 << so many bytes of the disk."""
+    return 2 * cluster_bits - (4 if extended_l2 else 3)
+
+
 def l1_entries_needed(size: int, cluster_bits: int, *, extended_l2: bool) -> int:
     """L1 entries that map `size` bytes."""
-    return -(-size >> (2 * cluster_bits - (4 if extended_l2 else 3)))
+    return -(-size >> l1_reach_bits(cluster_bits, extended_l2=extended_l2))
 
 
 def _check_tables(header: Header, file_size: int, path: str) -> None:

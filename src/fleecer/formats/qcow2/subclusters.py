@@ -17,10 +17,7 @@ from typing import Final, NamedTuple
 from fleecer.errors import CorruptImage
 from fleecer.formats.qcow2.header import Header
 from fleecer.formats.qcow2.tables import (
-    COMPRESSED,
     COPIED,
-    Compressed,
-    HostClusters,
     Mapping,
     Plan,
     decode_table,
@@ -53,7 +50,7 @@ class ExtendedMapping(Mapping):
 
     def __init__(self, header: Header, path: str) -> None:
         super().__init__(header, path)
-        self.subcluster_bits = header.cluster_bits - 5
+        self.subcluster_bits = header.subcluster_size.bit_length() - 1
         self._standard_odd_bits = self.odd_bits
 
     def decode(self, data: Buffer) -> array[int]:
@@ -72,13 +69,6 @@ class ExtendedMapping(Mapping):
         """See `Mapping.used`."""
         half = len(entries) // 2
         return (index for index in range(half) if entries[index] or entries[index + half])
-
-    def content_offset(self, entries: array[int], index: int, cluster: int) -> int:
-        """See `Mapping.content_offset`."""
-        if entries[index] & COMPRESSED:
-            return self._packed(entries, index, cluster, 1 << 64)[0]
-        found = self.subclusters(entries, index, cluster)
-        return found.host if found.allocated else 0
 
     def subclusters(self, entries: array[int], index: int, cluster: int) -> Subclusters:
         """What the entry of a cluster that is not compressed says. `cluster` is the guest cluster, for messages."""
@@ -105,41 +95,32 @@ class ExtendedMapping(Mapping):
         is_there = entries[index + len(entries) // 2] & (mask << SUBCLUSTERS | mask) == mask
         return host + skip if is_there and host and not host & self.odd_bits else 0
 
-    def plan(
+    def _plan_run(
         self, plans: list[Plan], entries: array[int], first: int, cluster: int, skip: int, length: int, file_end: int
-    ) -> None:
-        """See `Mapping.plan`."""
+    ) -> int:
         size, half = self.cluster_size, len(entries) // 2
-        shift = cluster - first
-        index = first
-        last = first + ((skip + length - 1) >> self.cluster_bits)
-        while index <= last:
-            entry = entries[index]
-            start = index
-            index += 1
-            if entry & COMPRESSED:
-                take = min(size - skip, length)
-                plans.append(Compressed(*self._packed(entries, start, start + shift, file_end), skip, take))
-            elif not entry and not entries[start + half]:
-                index = min(
-                    equal_until(entries, start, last + 1), equal_until(entries, start + half, last + 1 + half) - half
-                )
-                take = min((index - start) * size - skip, length)
-                join_backing(plans, take)
-            else:
-                take = min(size - skip, length)
-                found = self.subclusters(entries, start, start + shift)
-                if found.allocated and found.host >= file_end:
-                    raise self._past_end(start + shift, found.host, file_end)
-                self._plan_subclusters(plans, found, skip, skip + take)
-            length -= take
-            skip = 0
+        if not entries[first] and not entries[first + half]:
+            end = first + (skip + length - 1 >> self.cluster_bits) + 1
+            index = min(equal_until(entries, first, end), equal_until(entries, first + half, end + half) - half)
+            take = min((index - first) * size - skip, length)
+            join_backing(plans, take)
+            return take
+        take = min(size - skip, length)
+        found = self.subclusters(entries, first, cluster)
+        if found.allocated and found.host >= file_end:
+            raise self._past_end(cluster, found.host, file_end)
+        self._plan_subclusters(plans, found, skip, skip + take)
+        return take
 
     def _packed(self, entries: array[int], index: int, cluster: int, file_end: int) -> tuple[int, int]:
         if bitmap := entries[index + len(entries) // 2]:
             problem = f"compressed cluster {cluster} has the subcluster bitmap {bitmap:#018x}, which must be 0"
             raise CorruptImage(self.path, problem)
-        return self.compressed(entries[index], cluster, file_end)
+        return super()._packed(entries, index, cluster, file_end)
+
+    def _host(self, entries: array[int], index: int, cluster: int) -> tuple[int, bool]:
+        found = self.subclusters(entries, index, cluster)
+        return found.host, found.allocated != 0
 
     def _plan_subclusters(self, plans: list[Plan], found: Subclusters, at: int, end: int) -> None:
         host, allocated, zero = found
@@ -180,17 +161,6 @@ class ExtendedMapping(Mapping):
             first += 1
             entry += size
         return (host + skip, done) if done else (0, 0)
-
-    def host_clusters(self, entries: array[int], index: int, cluster: int, file_end: int) -> HostClusters | None:
-        """See `Mapping.host_clusters`."""
-        entry = entries[index]
-        if entry & COMPRESSED:
-            self._packed(entries, index, cluster, file_end)
-            return self._compressed_clusters(entry, cluster, file_end)
-        found = self.subclusters(entries, index, cluster)
-        if found.allocated and found.host >= file_end:
-            raise self._past_end(cluster, found.host, file_end)
-        return HostClusters(found.host >> self.cluster_bits, 1) if found.host else None
 
 
 def _ones(bits: int) -> int:

@@ -116,11 +116,10 @@ class Mapping:
 
         `cluster` is as for `plan`.
         """
-        entry = entries[index]
-        if entry & COMPRESSED:
-            return self.compressed(entry, cluster, 1 << 64)[0]
-        host = self.standard(entry, cluster)
-        return 0 if entry & ZERO_FLAG else host
+        if entries[index] & COMPRESSED:
+            return self._packed(entries, index, cluster, 1 << 64)[0]
+        host, has_content = self._host(entries, index, cluster)
+        return host if has_content else 0
 
     def table_offset(self, entry: int, l1_index: int, file_end: int) -> int:
         """Host offset of the L2 table that an L1 entry names, 0 where there is none."""
@@ -160,39 +159,45 @@ class Mapping:
         `cluster` is that cluster's guest number; the range ends inside `entries`; `file_end` is the file's size.
         A run that goes on where the last of `plans` ends is joined to it.
         """
-        size = self.cluster_size
-        shift = cluster - first
-        index = first
-        last = first + ((skip + length - 1) >> self.cluster_bits)
-        while index <= last:
-            entry = entries[index]
-            start = index
-            index += 1
-            if entry & COMPRESSED:
-                take = min(size - skip, length)
-                plans.append(Compressed(*self.compressed(entry, start + shift, file_end), skip, take))
+        bits = self.cluster_bits
+        while length:
+            if entries[first] & COMPRESSED:
+                take = min(self.cluster_size - skip, length)
+                plans.append(Compressed(*self._packed(entries, first, cluster, file_end), skip, take))
             else:
-                host = self.standard(entry, start + shift)
-                if host:
-                    # Entries of one run differ by a cluster each, and in COPIED, which does not matter to a reader.
-                    wanted = entry & ~COPIED
-                    while index <= last and entries[index] & ~COPIED == wanted + size:
-                        wanted += size
-                        index += 1
-                else:
-                    wanted = 0
-                    index = equal_until(entries, start, last + 1)
-                take = min((index - start) * size - skip, length)
-                if entry & ZERO_FLAG:
-                    join_zero(plans, take, bool(host))
-                elif not host:
-                    join_backing(plans, take)
-                elif wanted < file_end:
-                    join_data(plans, host + skip, take)
-                else:
-                    raise self._past_end(index - 1 + shift, wanted, file_end)
+                take = self._plan_run(plans, entries, first, cluster, skip, length, file_end)
+            passed = skip + take >> bits
+            first += passed
+            cluster += passed
             length -= take
             skip = 0
+
+    def _plan_run(
+        self, plans: list[Plan], entries: array[int], first: int, cluster: int, skip: int, length: int, file_end: int
+    ) -> int:
+        """As `plan`, for what goes on as the first entry begins, which is not compressed; returns the bytes planned."""
+        size = self.cluster_size
+        entry = wanted = entries[first]
+        index, end = first + 1, first + (skip + length - 1 >> self.cluster_bits) + 1
+        host = self.standard(entry, cluster)
+        if host:
+            # Entries of one run differ by a cluster each, and in COPIED, which does not matter to a reader.
+            wanted &= ~COPIED
+            while index < end and entries[index] & ~COPIED == wanted + size:
+                wanted += size
+                index += 1
+        else:
+            index = equal_until(entries, first, end)
+        take = min((index - first) * size - skip, length)
+        if entry & ZERO_FLAG:
+            join_zero(plans, take, bool(host))
+        elif not host:
+            join_backing(plans, take)
+        elif wanted < file_end:
+            join_data(plans, host + skip, take)
+        else:
+            raise self._past_end(cluster + index - 1 - first, wanted, file_end)
+        return take
 
     def in_place(self, entries: array[int], first: int, skip: int, length: int, file_end: int) -> tuple[int, int]:
         """Where bytes can be overwritten as they are, and how many in one write: of `length` bytes from `skip` bytes
@@ -215,18 +220,22 @@ class Mapping:
 
     def host_clusters(self, entries: array[int], index: int, cluster: int, file_end: int) -> HostClusters | None:
         """The host clusters that an L2 entry refers to, None if it has none. `cluster` is as for `plan`."""
-        entry = entries[index]
-        if entry & COMPRESSED:
-            return self._compressed_clusters(entry, cluster, file_end)
-        host = self.standard(entry, cluster)
-        if host >= file_end and not entry & ZERO_FLAG:
+        bits = self.cluster_bits
+        if entries[index] & COMPRESSED:
+            host, length = self._packed(entries, index, cluster, file_end)
+            return HostClusters(host >> bits, (host + length - 1 >> bits) - (host >> bits) + 1)
+        host, has_content = self._host(entries, index, cluster)
+        if host >= file_end and has_content:
             raise self._past_end(cluster, host, file_end)
-        return HostClusters(host >> self.cluster_bits, 1) if host else None
+        return HostClusters(host >> bits, 1) if host else None
 
-    def _compressed_clusters(self, entry: int, cluster: int, file_end: int) -> HostClusters:
-        host, length = self.compressed(entry, cluster, file_end)
-        first = host >> self.cluster_bits
-        return HostClusters(first, ((host + length - 1) >> self.cluster_bits) - first + 1)
+    def _packed(self, entries: array[int], index: int, cluster: int, file_end: int) -> tuple[int, int]:
+        """As `compressed`, of an entry among others."""
+        return self.compressed(entries[index], cluster, file_end)
+
+    def _host(self, entries: array[int], index: int, cluster: int) -> tuple[int, bool]:
+        """Host offset in the entry of a cluster that is not compressed, 0 for none; whether anything is read there."""
+        return self.standard(entries[index], cluster), not entries[index] & ZERO_FLAG
 
     def _past_end(self, cluster: int, host: int, file_end: int) -> CorruptImage:
         return CorruptImage(self.path, f"cluster {cluster} at {host} is past the file's end at {file_end}")
