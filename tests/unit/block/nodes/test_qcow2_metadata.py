@@ -40,7 +40,7 @@ async def test_a_dirty_slice_stays_until_its_commit_is_through() -> None:
     await fetch_many(cache, 20)
     assert cache.slices[0] is slice_
     assert cache.take_dirty() == [slice_]
-    assert not cache.dirty_bytes
+    assert not cache.dirty
     await fetch_many(cache, 20)
     assert cache.slices[0] is slice_
     slice_.pins -= 1

@@ -363,7 +363,7 @@ async def test_too_much_dirty_metadata_forces_a_commit() -> None:
     node = await open_image(storage, l2_cache_bytes=16 * KiB, refcount_cache_bytes=16 * KiB)
     for cluster in range(0, 4 * MiB, 32 * KiB):
         await guest(node).pwrite(cluster, b"x" * 512)
-        assert node._reader.cache.dirty_bytes <= 5 * KiB
+        assert len(node._reader.cache.dirty) * node._reader.cache.slice_bytes <= 5 * KiB
         assert len(node._reader.cache.slices) <= 32
     await node.close()
     assert not (await checked(storage)).corruptions
@@ -474,7 +474,8 @@ async def test_failed_writes_while_the_refcount_structure_grows_can_be_tried_aga
     edge = guest(node)
     failures = 0
     for at, start in enumerate(range(0, 4 * MiB, 16 * KiB)):
-        storage.left = 1 + at % 11 if node._writer._allocator.cache.dirty_bytes < 256 * KiB else 1 << 30
+        cache = node._writer._allocator.cache
+        storage.left = 1 + at % 11 if len(cache.dirty) * cache.slice_bytes < 256 * KiB else 1 << 30
         data = struct.pack("<Q", start + 1) * (2 * KiB)
         try:
             await edge.pwrite(start, data)

@@ -89,11 +89,6 @@ class SliceCache(Generic[T]):
         self._read = read
         self._loading: dict[int, Waiters] = {}
 
-    @property
-    def dirty_bytes(self) -> int:
-        """Bytes that a commit would write now."""
-        return len(self.dirty) * self.slice_bytes
-
     async def fetch(self, offset: int) -> Slice[T]:
         """The slice at `offset`, read if need be. Without a wait after it, it is in the cache."""
         while True:

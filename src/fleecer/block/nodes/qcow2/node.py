@@ -132,8 +132,8 @@ class Qcow2Node(Node):
         return functools.partial(self._write_at_once, write) if write is not None else None
 
     def serialising_writer(self) -> WriteAtOnce | None:
-        """See `Node.serialising_writer`: as `writer`, and to new clusters, where no claim touches them."""
-        write = self._file.writer() if self._image.accepts_writes else None
+        """See `Node.serialising_writer`: as `writer`, where no claim touches the clusters."""
+        write = self.writer()
         return functools.partial(self._write_alone_at_once, write) if write is not None else None
 
     def _read_at_once(self, read: ReadAtOnce, offset: int, into: memoryview) -> bool:
@@ -209,7 +209,7 @@ class Qcow2Node(Node):
 
     def _write_alone_at_once(self, write: WriteAtOnce, offset: int, data: Buffer) -> bool:
         start, stop, _ = self._claim_bounds(offset, len(data))
-        return not self._in_flight.overlaps(start, stop - start) and self._write_at_once(write, offset, data)
+        return not self._in_flight.overlaps(start, stop - start) and write(offset, data)
 
     def _write_run_at_once(self, write: WriteAtOnce, slice_: Slice[array[int]], offset: int, data: Buffer) -> bool:
         length = len(data)

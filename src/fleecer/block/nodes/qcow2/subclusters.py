@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from array import array
 
+from fleecer.block.nodes.qcow2.allocator import Run
 from fleecer.block.nodes.qcow2.metadata import Slice
 from fleecer.block.nodes.qcow2.node import Qcow2Node
 from fleecer.block.nodes.qcow2.writing import Writer
@@ -39,18 +40,10 @@ class SubclusterWriter(Writer):
             return stop == first + 1 and self._add_at_once(write, slice_, first, offset, data)
         if any(entries[first:stop]) or any(bitmap & ALL for bitmap in entries[first + half : stop + half]):
             return False
-        run = self._find_at_once(offset, stop - first)
-        if run is None:
-            return False
-        try:
-            if not write(run.offset + (offset & self._offset_in_cluster), data):
-                return False
-        except BaseException:
-            self._spoiled(run)
-            raise
-        self._allocator.take(run)
-        self._link(slice_, run.offset, offset, length)
-        return True
+        return self._allocate_at_once(write, slice_, stop - first, offset, data)
+
+    def _fill_at_once(self, write: WriteAtOnce, run: Run, entries: array[int], offset: int, data: Buffer) -> bool:
+        return write(run.offset + (offset & self._offset_in_cluster), data)
 
     def _add_at_once(
         self, write: WriteAtOnce, slice_: Slice[array[int]], index: int, offset: int, data: Buffer
@@ -77,16 +70,16 @@ class SubclusterWriter(Writer):
     async def _write_new(self, slice_: Slice[array[int]], offset: int, view: memoryview) -> int:
         bits, entries = self._cluster_bits, slice_.data
         first = offset >> bits & self._reader.slice_mask
-        if entries[first] and not self._own_host(entries, first):
+        if not entries[first]:
+            return await self._write_unallocated(slice_, offset, view)
+        if not self._own_host(entries, first):
             return await self._replace(slice_, first, offset, view)
-        if entries[first]:
-            view = view[: self._cluster_size - (offset & self._offset_in_cluster)]
-            host = self.mapping.subclusters(entries, first, offset >> bits).host
-            await self._image.check_overlap(host, 1)
-            await self._fill_up(entries, host, offset, view)
-            self._link(slice_, host, offset, len(view))
-            return len(view)
-        return await self._write_unallocated(slice_, offset, view)
+        view = view[: self._cluster_size - (offset & self._offset_in_cluster)]
+        host = self.mapping.subclusters(entries, first, offset >> bits).host
+        await self._image.check_overlap(host, 1)
+        await self._fill_up(entries, host, offset, view)
+        self._link(slice_, host, offset, len(view))
+        return len(view)
 
     async def _write_unallocated(self, slice_: Slice[array[int]], offset: int, view: memoryview) -> int:
         bits, entries = self._cluster_bits, slice_.data
@@ -147,7 +140,7 @@ class SubclusterWriter(Writer):
         return host if 0 < host < self._file.size and not host & self.mapping.odd_bits else 0
 
     def _link(self, slice_: Slice[array[int]], host: int, offset: int, length: int) -> None:
-        """Has the entries say that the subclusters of a range are in the clusters from `host` on."""
+        """See `Writer._link`: the subclusters of the range."""
         entries, size = slice_.data, self._cluster_size
         index, half = offset >> self._cluster_bits & self._reader.slice_mask, len(entries) // 2
         inner = offset & self._offset_in_cluster

@@ -68,29 +68,32 @@ class Writer:
         count = (offset + len(data) - 1 >> bits) - (offset >> bits) + 1
         if any(entry not in self._without_host for entry in entries[first : first + count]):
             return False
-        run = self._find_at_once(offset, count)
-        if run is None:
+        return self._allocate_at_once(write, slice_, count, offset, data)
+
+    def _allocate_at_once(
+        self, write: WriteAtOnce, slice_: Slice[array[int]], count: int, offset: int, data: Buffer
+    ) -> bool:
+        """Finds host clusters for the `count` clusters that `data` touches, fills and links them, if nobody uses these
+        and nothing has to wait."""
+        if not self._may_change_at_once(offset, count):
+            return False
+        run = self._allocator.find(count)
+        if run is None or run.clusters < count:
+            return False
+        hosts = range(run.offset, run.offset + (count << self._cluster_bits), self._cluster_size)
+        if not self._image.metadata.isdisjoint(hosts):
             return False
         try:
-            if not self._fill_at_once(write, run, entries[first], offset, data):
+            if not self._fill_at_once(write, run, slice_.data, offset, data):
                 return False
         except BaseException:
-            self._spoiled(run)
+            # What is there now is not known, so it is not fresh any more.
+            self._allocator.take(run)
+            self._allocator.free(run.offset, count)
             raise
         self._allocator.take(run)
-        for at, host in enumerate(self._hosts(run), first):
-            entries[at] = host | COPIED
-        self._reader.cache.mark_dirty(slice_)
+        self._link(slice_, run.offset, offset, len(data))
         return True
-
-    def _find_at_once(self, offset: int, count: int) -> Run | None:
-        """Host clusters for `count` clusters from that of `offset` on, if nobody uses these and nothing has to wait."""
-        if not self._may_change_at_once(offset, count):
-            return None
-        run = self._allocator.find(count)
-        if run is None or run.clusters < count or not self._image.metadata.isdisjoint(self._hosts(run)):
-            return None
-        return run
 
     def _may_change_at_once(self, offset: int, count: int) -> bool:
         """Whether nobody uses so many clusters from that of `offset` on, and their L2 table is ours to change now."""
@@ -102,16 +105,8 @@ class Writer:
             and not self._commits.pressing
         )
 
-    def _hosts(self, run: Run) -> range:
-        return range(run.offset, run.offset + (run.clusters << self._cluster_bits), self._cluster_size)
-
-    def _spoiled(self, run: Run) -> None:
-        """A write to what was found failed: what is there now is not known, so it is not fresh any more."""
-        self._allocator.take(run)
-        self._allocator.free(run.offset, run.clusters)
-
-    def _fill_at_once(self, write: WriteAtOnce, run: Run, entry: int, offset: int, data: Buffer) -> bool:
-        """As `_fill`, for whole clusters or inside of one; `entry` is that of the first."""
+    def _fill_at_once(self, write: WriteAtOnce, run: Run, entries: array[int], offset: int, data: Buffer) -> bool:
+        """As `_fill`, for whole clusters or inside of one."""
         size = self._cluster_size
         head = offset & self._offset_in_cluster
         start, end = offset - head, offset + len(data)
@@ -120,7 +115,7 @@ class Writer:
             return write(run.offset, data)
         if run.clusters > 1 or stop > self._size:
             return False
-        if self._blank(entry):
+        if self._blank(entries[offset >> self._cluster_bits & self._reader.slice_mask]):
             blank = run.fresh and self._file.node.limits.reads_zero_when_new
             return blank and write(run.offset + head, data)
         assert self._backing is not None, "an entry without a host cluster is blank where there is no backing node"
@@ -219,13 +214,19 @@ class Writer:
             if not set_aside:
                 self._allocator.free(run.offset, run.clusters)
             raise
-        for at in range(run.clusters):
-            entries[first + at] = run.offset + (at << bits) | COPIED
-            gone = old[at]
+        self._link(slice_, run.offset, offset, length)
+        for gone in old[: run.clusters]:
             if gone is not None:
                 self._allocator.free(gone.first << bits, gone.clusters)
-        self._reader.cache.mark_dirty(slice_)
         return length
+
+    def _link(self, slice_: Slice[array[int]], host: int, offset: int, length: int) -> None:
+        """Has the entries say that a range is in the clusters from `host` on, which are ours alone."""
+        index, end = offset >> self._cluster_bits, offset + length - 1 >> self._cluster_bits
+        for at in range(index, end + 1):
+            slice_.data[at & self._reader.slice_mask] = host | COPIED
+            host += self._cluster_size
+        self._reader.cache.mark_dirty(slice_)
 
     async def _fill(self, run: Run, entries: array[int], first: int, offset: int, view: memoryview) -> None:
         """Writes `view`, and around it the old content of the clusters it covers in part, to new host clusters."""
