@@ -2,6 +2,9 @@
 
 Bits live in chunks that are made when a bit in them is first set; a chunk that is absent is all zeroes. Ranges are
 [start, end) in bits. A 64 TiB disk with nothing marked costs nothing, which is what makes taking a snapshot instant.
+
+Invariant: a chunk that another bitmap may have too, or that stands for all ones, is in `_shared` and is never changed:
+whoever changes a bit in it takes a copy first.
 """
 
 from __future__ import annotations
@@ -13,35 +16,53 @@ from bitarray import bitarray
 _CHUNK_SHIFT = 15
 _CHUNK_BITS = 1 << _CHUNK_SHIFT
 _CHUNK_MASK = _CHUNK_BITS - 1
+_ALL_ONES = bitarray(_CHUNK_BITS)
+_ALL_ONES.setall(1)
 
 
 class Bitmap:
     """A set of cluster numbers with quick range operations."""
 
-    __slots__ = ("_chunks",)
+    __slots__ = ("_chunks", "_shared")
 
     def __init__(self) -> None:
         self._chunks: dict[int, bitarray] = {}
+        self._shared: set[int] = set()
 
     def __getitem__(self, bit: int) -> int:
         chunk = self._chunks.get(bit >> _CHUNK_SHIFT)
         return 0 if chunk is None else chunk[bit & _CHUNK_MASK]
 
     def set(self, start: int, end: int) -> None:
-        """Sets every bit of the range."""
+        """Sets every bit of the range. It takes no memory for what it fills from end to end."""
+        key = start >> _CHUNK_SHIFT
+        if end - start < _CHUNK_BITS and key == (end - 1) >> _CHUNK_SHIFT:  # by far the most frequent case
+            first = start & _CHUNK_MASK
+            self._own(key)[first : first + end - start] = 1
+            return
         for key, first, last in _by_chunk(start, end):
-            chunk = self._chunks.get(key)
-            if chunk is None:
-                chunk = self._chunks[key] = bitarray(_CHUNK_BITS)
-                chunk.setall(0)
-            chunk[first:last] = 1
+            if last - first == _CHUNK_BITS:
+                self._chunks[key] = _ALL_ONES
+                self._shared.add(key)
+            else:
+                self._own(key)[first:last] = 1
 
     def clear(self, start: int, end: int) -> None:
         """Clears every bit of the range."""
         for key, first, last in _by_chunk(start, end):
-            chunk = self._chunks.get(key)
-            if chunk is not None:
-                chunk[first:last] = 0
+            if key in self._chunks:
+                self._own(key)[first:last] = 0
+
+    def _own(self, key: int) -> bitarray:
+        """A chunk that may be changed."""
+        chunk = self._chunks.get(key)
+        if chunk is None:
+            chunk = self._chunks[key] = bitarray(_CHUNK_BITS)
+            chunk.setall(0)
+        elif key in self._shared:
+            chunk = self._chunks[key] = chunk.copy()
+            self._shared.remove(key)
+        return chunk
 
     def all(self, start: int, end: int) -> bool:
         """Whether every bit of the range is set."""
@@ -83,13 +104,19 @@ class Bitmap:
         """How many bits are set."""
         return sum(chunk.count() for chunk in self._chunks.values())
 
+    def any(self) -> bool:
+        """Whether any bit is set."""
+        return any(chunk.any() for chunk in self._chunks.values())
+
     def update(self, other: Bitmap) -> None:
-        """Sets every bit that is set in `other`."""
+        """Sets every bit that is set in `other`. What only `other` has is shared, so it costs little."""
         for key, theirs in other._chunks.items():
-            mine = self._chunks.get(key)
-            if mine is None:
-                self._chunks[key] = theirs.copy()
-            else:
+            if key not in self._chunks:
+                self._chunks[key] = theirs
+                self._shared.add(key)
+                other._shared.add(key)
+            elif self._chunks[key] is not theirs:
+                mine = self._own(key)
                 mine |= theirs
 
 

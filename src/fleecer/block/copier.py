@@ -51,8 +51,8 @@ CLUSTER_SIZE_MAX = 64 * MiB
 TIMEOUT_S = 15.0
 """How long a guest's write waits for a copy unless told otherwise: well below the 30 s after which guests give up."""
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-_CLUSTERS_MAX = 1 << 25
-"""As many as a disk has, if larger clusters can help: then a bitmap of all is 4 MiB."""
+_CLUSTERS_MAX = 1 << 28
+"""As many as a disk has, if larger clusters can help: then a bitmap of which all is touched has 32 MiB."""
 _AHEAD_BYTES = 64 * KiB
 """Changes in a row are copied for in pieces of this length."""
 COPY_MAX_BYTES = 1 * MiB
@@ -247,7 +247,7 @@ class Copier:
         snapshot.living = False
         kept: list[Snapshot] = []
         for old in self._snapshots:
-            if old.living or (kept and old.done.count()):  # else nothing in it is for an older one
+            if old.living or (kept and old.done.any()):  # else nothing in it is for an older one
                 kept.append(old)
         dropped = [old for old in self._snapshots if old not in kept]
         self._snapshots = kept

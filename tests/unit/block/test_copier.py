@@ -908,9 +908,9 @@ async def test_status_of_many_runs_stops_early() -> None:
     ("disk_bytes", "block_bytes", "cluster_bytes"),
     [
         (1 * MiB, 512, 4 * KiB),
-        (128 * GiB, 4096, 4 * KiB),
-        (128 * GiB + 1, 4096, 8 * KiB),
-        (1 << 40, 4096, 32 * KiB),
+        (1024 * GiB, 4096, 4 * KiB),
+        (1024 * GiB + 1, 4096, 8 * KiB),
+        (4 << 40, 4096, 16 * KiB),
         (64 << 40, 4096, 64 * KiB),
         (1 * MiB, 16 * KiB, 16 * KiB),
         (1 * MiB, 1 * MiB, 64 * KiB),
