@@ -180,8 +180,8 @@ def parse_field(text: str, name: str) -> int:
 
 
 def interruptible() -> None:
-    """Makes SIGTERM end the bench as Ctrl-C does: in order."""
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
+    """Makes SIGTERM end the bench as Ctrl-C does, in order: also where Ctrl-C is ignored, as behind a shell's `&`."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def _content(fd: int) -> str:

@@ -326,7 +326,7 @@ MUTANTS = [
         "retired-scratch-dropped-while-read",
         _COPIER,
         """
-            if old.living or (kept and old.done.count()):  # else nothing in it is for an older one
+            if old.living or (kept and old.done.any()):  # else nothing in it is for an older one
                 kept.append(old)
 """,
         """
@@ -746,5 +746,18 @@ MUTANTS = [
                 await scratch.pwrite(start, data, serialising=copy.snapshot.serialising)
 """,
         "old data on its way to a scratch is nobody else's buffer",
+    ),
+    Mutant(
+        "shared-bits-changed",
+        "block/bitmap.py",
+        """
+        elif key in self._shared:
+            chunk = self._chunks[key] = chunk.copy()
+            self._shared.remove(key)
+""",
+        """
+""",
+        "bits that another bitmap may have too are copied before they are changed",
+        tests=("tests/unit/block/test_bitmap.py::test_bitmaps_are_sets_of_numbers_however_they_share",),
     ),
 ]

@@ -542,11 +542,7 @@ MUTANTS = [
         "begun-read-claims-nothing",
         _FILE,
         """
-        claim = pooled.enter(offset, length)
-        if self.storage.begin_pread(offset, length, functools.partial(pooled.read_ended, claim, ended)):
-            return True
-        pooled.leave(claim)
-        return False
+        return self._pooled.begin_read(offset, offset + length, self.storage.begin_pread, offset, length, ended)
 """,
         """
         return self.storage.begin_pread(offset, length, ended)
@@ -558,14 +554,14 @@ MUTANTS = [
     ),
     Mutant(
         "begun-read-passes-a-change",
-        _FILE,
+        "block/inflight.py",
         """
-        if pooled.would_wait(offset, length):
+        if self._serialising_count and self.would_wait(start, end - start):
             return False
-        claim = pooled.enter(offset, length)
+        claim = Claim(start, end, serialising=False)
 """,
         """
-        claim = pooled.enter(offset, length)
+        claim = Claim(start, end, serialising=False)
 """,
         "no read is begun where the file is being changed",
         tests=(
@@ -576,11 +572,7 @@ MUTANTS = [
         "begun-read-of-an-image-claims-nothing",
         _NODE,
         """
-        claim = in_flight.enter(start, stop - start)
-        if child.begin_pread(place, length, functools.partial(in_flight.read_ended, claim, ended)):
-            return True
-        in_flight.leave(claim)
-        return False
+        return self._in_flight.begin_read(start, stop, child.begin_pread, place, length, ended)
 """,
         """
         return child.begin_pread(place, length, ended)

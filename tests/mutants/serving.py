@@ -82,14 +82,25 @@ MUTANTS = [
         "answers-lost-when-late",
         _CONNECTION,
         """
-        if not self._send_due:  # all that end in this turn of the loop leave in one send
-            self._send_due = True
-            asyncio.get_running_loop().call_soon(self._send_and_go_on)
+        self._send_due = True
+        asyncio.get_running_loop().call_soon(self._send_and_go_on)
 """,
         """
         self._settle()
 """,
         "every request gets a reply",
+    ),
+    Mutant(
+        "reads-begun-while-refusing",
+        _CONNECTION,
+        """
+                if length and request.command == CMD_READ and not self._refusing:
+""",
+        """
+                if length and request.command == CMD_READ:
+""",
+        "a connection that is going begins nothing new",
+        tests=("tests/unit/export/test_at_once.py::test_no_read_is_begun_any_more_when_the_server_stops",),
     ),
     Mutant(
         "fua-ignored",

@@ -15,9 +15,10 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
+import functools
 
 from fleecer.ranges import Buffer
-from fleecer.storage.api import ReadEnded
+from fleecer.storage.api import BeginRead, ReadEnded
 
 
 class Claim:
@@ -71,18 +72,35 @@ class InFlight:
         del self._claims[claim]
         if claim.serialising:
             self._serialising_count -= 1
-        if claim.dependents is None:
-            return
-        for dependent in claim.dependents:
+        if claim.dependents is not None:
+            self._release(claim.dependents)
+
+    def begin_read(self, start: int, end: int, begin: BeginRead, place: int, length: int, ended: ReadEnded) -> bool:
+        """Begins a read that claims [start, end) until its end, as `Node.begin_pread` does, by `begin` at `place`.
+
+        False, with nothing claimed, where the claim would wait, or `begin` says so.
+        """
+        if self._serialising_count and self.would_wait(start, end - start):
+            return False
+        claim = Claim(start, end, serialising=False)
+        self._claims[claim] = None
+        if begin(place, length, functools.partial(self._read_ended, claim, ended)):
+            return True
+        self.leave(claim)
+        return False
+
+    def _read_ended(self, claim: Claim, ended: ReadEnded, data: Buffer, error: Exception | None) -> None:
+        del self._claims[claim]
+        if claim.dependents is not None:
+            self._release(claim.dependents)
+        ended(data, error)
+
+    def _release(self, dependents: list[Claim]) -> None:
+        for dependent in dependents:
             dependent.blockers -= 1
             waiter = dependent.waiter
             if not dependent.blockers and waiter is not None and not waiter.done():
                 waiter.set_result(True)
-
-    def read_ended(self, claim: Claim, ended: ReadEnded, data: Buffer, error: Exception | None) -> None:
-        """Ends the claim of a read that was begun (`Node.begin_pread`), and hands its end on to `ended`."""
-        self.leave(claim)
-        ended(data, error)
 
     def changing(self) -> bool:
         """Whether any claim is serialising."""

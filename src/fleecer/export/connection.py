@@ -218,14 +218,14 @@ class Connection:
                 read, write = (None, None) if self._refusing else export.at_once()
                 is_found = True
             try:
-                if length and request.command == CMD_READ and (tried or read is not None):
+                if length and request.command == CMD_READ and not self._refusing:
                     data = spares.take_filled(read, request.offset, length) if read is not None else None
                     if data is not None:
                         export.reads += 1
                         export.bytes_read += length
                         self._reply_read(request, data)
                         continue
-                    tried = True
+                    tried = tried or read is not None
                     if self._begin_read(request, export):
                         tried = False
                         continue
@@ -264,7 +264,8 @@ class Connection:
             self._reply_read(request, data)
         except Exception as failure:  # noqa: BLE001 - whatever it is, the client is answered
             self._fail(request, failure)
-        self._send_soon()
+        if not self._send_due:
+            self._send_soon()
 
     def _run_parts(self, request: Request, export: Export) -> None:
         """Runs a long read in parts. Those for which there is no room now are left for later."""
@@ -317,12 +318,13 @@ class Connection:
             self._refuse(request, errno.EIO, "the request was given up")
         elif (error := task.exception()) is not None:
             self._report(error)
-        self._send_soon()
+        if not self._send_due:
+            self._send_soon()
 
     def _send_soon(self) -> None:
-        if not self._send_due:  # all that end in this turn of the loop leave in one send
-            self._send_due = True
-            asyncio.get_running_loop().call_soon(self._send_and_go_on)
+        """All that end in this turn of the loop leave in one send."""
+        self._send_due = True
+        asyncio.get_running_loop().call_soon(self._send_and_go_on)
 
     def _send_and_go_on(self) -> None:
         self._send_due = False

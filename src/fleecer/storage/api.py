@@ -22,6 +22,9 @@ from fleecer.ranges import Buffer
 ReadEnded = Callable[[Buffer, Exception | None], None]
 """Hears how a read ended: what was read and None, or why it failed. It must not raise."""
 
+BeginRead = Callable[[int, int, ReadEnded], bool]
+"""Begins a read at an offset, of a length, or says that it cannot; see `Storage.begin_pread`."""
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StorageLimits:
@@ -68,6 +71,10 @@ class Storage(Protocol):
 
     @property
     def limits(self) -> StorageLimits: ...
+
+    @property
+    def reads_wait(self) -> bool:
+        """Whether `try_pread_into` is not worth a try just now: begin to read, which finds out again sometimes."""
 
     def try_pread_into(self, offset: int, into: memoryview) -> bool:
         """Fills `into` with the bytes at `offset` if they can be had at once; else False, and no matter what is in it.

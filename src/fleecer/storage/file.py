@@ -193,6 +193,11 @@ class FileStorage:
 
     # On the event loop.
 
+    @property
+    def reads_wait(self) -> bool:
+        """See `Storage.reads_wait`."""
+        return self._skips > 0 or not self._disk.may_try
+
     def try_pread_into(self, offset: int, into: memoryview) -> bool:
         """See `Storage.try_pread_into`."""
         flags = self._inline_read_flags
@@ -265,7 +270,8 @@ class FileStorage:
 
     def _ring_ended(self, data: bytearray, offset: int, ended: ReadEnded, count: int) -> None:
         if count == len(data):
-            self._end_read()
+            self._reading -= 1
+            self._disk.end()
             ended(data, None)
         else:  # past the end, or failing: a thread finds out which
             future = running_pool().submit(self._lane, self._pread, offset, len(data), self.size)

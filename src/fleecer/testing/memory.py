@@ -71,6 +71,11 @@ class MemoryStorage:
         self.pause = pause
         self.sync_count = 0
 
+    @property
+    def reads_wait(self) -> bool:
+        """See `Storage.reads_wait`: with a pause."""
+        return self.pause is not None
+
     def try_pread_into(self, offset: int, into: memoryview) -> bool:
         """See `Storage.try_pread_into`: False where the range passes the end, and always with a pause."""
         end = offset + len(into)
@@ -250,6 +255,11 @@ class FaultyStorage:
     def limits(self) -> StorageLimits:
         """As `inner`."""
         return self.inner.limits
+
+    @property
+    def reads_wait(self) -> bool:
+        """As `inner`."""
+        return self.inner.reads_wait
 
     def try_pread_into(self, offset: int, into: memoryview) -> bool:
         """False while reads may fail, so that `pread` has the say."""

@@ -22,6 +22,7 @@ from fleecer.export.connection import QUEUED_BYTES_MAX, SKIPS_MAX, Connection
 from fleecer.export.server import WAY_TURN_BYTES
 from fleecer.net.stream import SocketStream
 from fleecer.ranges import Buffer
+from fleecer.storage.api import ReadEnded
 from fleecer.storage.file import FileStorage, open_file
 from fleecer.units import KiB
 from fleecer.wire.nbd import AtOnce, ServerCodec
@@ -297,6 +298,49 @@ async def test_nothing_is_done_at_once_any_more_when_the_server_stops(
         go_on.set()
     assert not (await client.reply(written)).error
     await stopping
+
+
+def begins_reads_only(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Has files say that no read is worth a try, and begin each; returns where they were told to."""
+    begun: list[int] = []
+
+    def begin(storage: FileStorage, offset: int, length: int, ended: ReadEnded) -> bool:
+        begun.append(offset)
+        asyncio.get_running_loop().call_soon(ended, storage._pread(offset, length, storage.size), None)
+        return True
+
+    def tried(*_: object) -> bool:
+        raise AssertionError("a read was tried")
+
+    monkeypatch.setattr(FileStorage, "reads_wait", True)
+    monkeypatch.setattr(FileStorage, "begin_pread", begin)
+    monkeypatch.setattr(FileStorage, "try_pread_into", tried)
+    return begun
+
+
+async def test_a_read_that_is_not_worth_a_try_is_begun_at_once_and_costs_no_coroutine(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = begins_reads_only(monkeypatch)
+    monkeypatch.setattr(Connection, "_start", lambda *_, **__: pytest.fail("a coroutine was started"))
+    client = await world.client()
+    for _ in range(2):  # the second time it is known that nothing can be done before all is parsed
+        cookies = [client.codec.read(number * BLOCK, 4 * KiB) for number in range(4)]
+        client.send()
+        for number, cookie in enumerate(cookies):
+            assert (await client.reply(cookie)).data == block(number)[: 4 * KiB]
+    assert begun == [number * BLOCK for number in range(4)] * 2
+
+
+async def test_no_read_is_begun_any_more_when_the_server_stops(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun = begins_reads_only(monkeypatch)
+    client = await world.client()
+    (connection,) = world.server._connections
+    connection._refusing = True
+    read = client.codec.read(BLOCK, 4 * KiB)
+    client.send()
+    assert (await client.reply(read)).error == errno.ESHUTDOWN
+    assert not begun
 
 
 async def test_a_client_whose_requests_mostly_wait_pays_little_for_those_that_need_not(

@@ -480,6 +480,20 @@ async def test_a_cancelled_waiter_is_told_only_when_the_kernel_has_let_go(
         await waiter
 
 
+async def test_a_file_says_that_its_reads_wait_while_none_would_be_tried(disk: FileStorage, tries: Tries) -> None:
+    assert not disk.reads_wait
+    for _ in range(40):
+        waits, before = disk.reads_wait, tries.count
+        assert read_at_once(disk, 0, 4096) is None
+        assert waits is (tries.count == before)
+        await disk.pread(0, 4096)
+    assert tries.count < 10
+    disk._skips = 0
+    for may_try in (False, True):
+        disk._disk.may_try = may_try
+        assert disk.reads_wait is not may_try
+
+
 async def test_where_nothing_is_cached_few_reads_are_tried_inline_until_one_is(disk: FileStorage, tries: Tries) -> None:
     async def read() -> None:
         for _ in range(3):  # as many hands as a read goes through

@@ -15,7 +15,6 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
-import functools
 import os
 
 from fleecer import eager
@@ -70,6 +69,8 @@ class FileNode(Node):
 
     def reader(self) -> ReadAtOnce | None:
         """See `Node.reader`."""
+        if self.storage.reads_wait:
+            return None
         return self._read_at_once if self._pooled.changing() else self.storage.try_pread_into
 
     def writer(self) -> WriteAtOnce | None:
@@ -100,14 +101,7 @@ class FileNode(Node):
 
     def begin_pread(self, offset: int, length: int, ended: ReadEnded) -> bool:
         """See `Node.begin_pread`."""
-        pooled = self._pooled
-        if pooled.would_wait(offset, length):
-            return False
-        claim = pooled.enter(offset, length)
-        if self.storage.begin_pread(offset, length, functools.partial(pooled.read_ended, claim, ended)):
-            return True
-        pooled.leave(claim)
-        return False
+        return self._pooled.begin_read(offset, offset + length, self.storage.begin_pread, offset, length, ended)
 
     async def pread(self, offset: int, length: int) -> Buffer:
         """See `Node.pread`. Past the end of the file, up to the alignment, there are zeroes."""

@@ -320,12 +320,21 @@ def _model_claims(undo: list[Callable[[], None]]) -> None:
     def looking(recorder: Recorder, claims: InFlight, offset: int, length: int) -> None:
         recorder.touch_range(claims, _pages(offset, length), READ)
 
+    def beginning(recorder: Recorder, claims: InFlight, start: int, end: int, *_: object) -> None:
+        looking(recorder, claims, start, end - start)
+        entering(recorder, claims, start, end - start)
+
+    def ending(recorder: Recorder, claims: InFlight, claim: Claim, *_: object) -> None:
+        leaving(recorder, claims, claim)
+
     def counting(what: str) -> Callable[..., None]:
         return lambda recorder, claims: recorder.touch(claims, what, READ)
 
     _name_at_birth(undo, InFlight)
     _wrap(undo, InFlight, "enter", entering)
     _wrap(undo, InFlight, "leave", leaving)
+    _wrap(undo, InFlight, "begin_read", beginning)
+    _wrap(undo, InFlight, "_read_ended", ending)
     _wrap(undo, InFlight, "overlaps", looking)
     _wrap(undo, InFlight, "until_clear", looking)
     _wrap(undo, InFlight, "would_wait", looking)
@@ -355,6 +364,7 @@ def _model_bitmaps(undo: list[Callable[[], None]]) -> None:
     _wrap(undo, Bitmap, "clear", touching(WRITE))
     _wrap(undo, Bitmap, "run", touching(READ))
     _wrap(undo, Bitmap, "__getitem__", one)
+    _wrap(undo, Bitmap, "any", whole)
     _wrap(undo, Bitmap, "count", whole)
     _wrap(undo, Bitmap, "update", merging)
 

@@ -171,6 +171,11 @@ class SimDisk:
 
     # The storage.
 
+    @property
+    def reads_wait(self) -> bool:
+        """See `Storage.reads_wait`."""
+        return False
+
     def try_pread_into(self, offset: int, into: memoryview) -> bool:
         """See `Storage.try_pread_into`: at once, if `inline` has it so."""
         if not self._is_inline("read", ()):

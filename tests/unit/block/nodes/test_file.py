@@ -34,6 +34,10 @@ class HalfInline(MemoryStorage):
         self.reads_inline = True
         self.writes_inline = True
 
+    @property
+    def reads_wait(self) -> bool:
+        return not self.reads_inline
+
     def try_pread_into(self, offset: int, into: memoryview) -> bool:
         if self.reads_inline:
             into[:] = self.data[offset : offset + len(into)]
@@ -194,6 +198,14 @@ async def test_a_request_on_cached_pages_ends_without_waiting(image: FileStorage
     if waiting is not None:  # a page may be written back, and dropped, at any time
         await waiting
     assert found == [b"x" * 4096]
+
+
+async def test_what_says_that_its_reads_wait_has_no_reader() -> None:
+    storage = HalfInline(8192)
+    node = FileNode("disk0", storage)
+    for inline in (True, False, True):
+        storage.reads_inline = inline
+        assert (node.reader() is not None) is inline
 
 
 async def test_threads_do_not_tear_requests_on_a_real_file(image: FileStorage) -> None:

@@ -39,6 +39,11 @@ STATUS_ENTRIES_MAX = 32768
 _OTHER_BITS = COPIED - 1
 
 
+def _not_now(_offset: int, _into: memoryview) -> bool:
+    """Reads the file while that would wait: what holds no data, or has it elsewhere, need not."""
+    return False
+
+
 class Qcow2Node(Node):
     """An open qcow2 image. Made by `open_qcow2` (opening.py)."""
 
@@ -123,8 +128,7 @@ class Qcow2Node(Node):
 
     def reader(self) -> ReadAtOnce | None:
         """See `Node.reader`: where the slices are in memory, nobody changes the range, and nothing is compressed."""
-        read = self._file.reader()
-        return functools.partial(self._read_at_once, read) if read is not None else None
+        return functools.partial(self._read_at_once, self._file.reader() or _not_now)
 
     def writer(self) -> WriteAtOnce | None:
         """See `Node.writer`: in clusters in a row, ours alone or new, their slice in memory, which nobody changes."""
@@ -164,10 +168,6 @@ class Qcow2Node(Node):
 
     def begin_pread(self, offset: int, length: int, ended: ReadEnded) -> bool:
         """See `Node.begin_pread`: a range in a row in the file or in the backing node, whose slices are in memory."""
-        start, stop, _ = self._claim_bounds(offset, length)
-        in_flight = self._in_flight
-        if in_flight.would_wait(start, stop - start):
-            return False
         child, place = self._file, self._place_in_file(offset, length)
         if not place:
             plans = self._reader.plan_at_once(offset, length)
@@ -179,11 +179,8 @@ class Qcow2Node(Node):
                 child, place = self._backing, offset
             else:
                 return False
-        claim = in_flight.enter(start, stop - start)
-        if child.begin_pread(place, length, functools.partial(in_flight.read_ended, claim, ended)):
-            return True
-        in_flight.leave(claim)
-        return False
+        start, stop, _ = self._claim_bounds(offset, length)
+        return self._in_flight.begin_read(start, stop, child.begin_pread, place, length, ended)
 
     def _write_at_once(self, write: WriteAtOnce, offset: int, data: Buffer) -> bool:
         image, bits = self._image, self._cluster_bits
