@@ -10,7 +10,8 @@ Invariants:
   loop sleeps until something happens.
 - A spell in which nothing arrived was in vain. After each in a row twice as many arrivals pass, SKIPS_MAX at most,
   before there is another: a client with pauses costs next to nothing.
-- Where we have but one processor there are none: the client needs it to ask.
+- Where we have but one processor there are none: the client needs it to ask. Nor are there while a worker of the
+  kernel's does something for us, as that runs on the processor from which it was asked to.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ SWITCH_VARIABLE = "FLEECER_POLL"
 class Polling:
     """Keeps one event loop awake after arrivals. `clock` counts seconds."""
 
-    __slots__ = ("_arrivals", "_clock", "_is_awake", "_loop", "_skips", "_skips_next", "_until_s")
+    __slots__ = ("_arrivals", "_clock", "_is_awake", "_loop", "_skips", "_skips_next", "_suspended", "_until_s")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, clock: Callable[[], float] = time.perf_counter) -> None:
         # The loop keeps this one, not the other way round, so that it can go away.
@@ -47,9 +48,12 @@ class Polling:
         self._arrivals = 0  # in this spell
         self._skips = 0  # arrivals to let pass
         self._skips_next = 1
+        self._suspended = 0  # how many need us asleep
 
     def arrived(self) -> None:
         """Something came in; more is to be expected."""
+        if self._suspended:
+            return
         if self._is_awake:
             self._arrivals += 1
         elif self._skips:
@@ -63,8 +67,17 @@ class Polling:
 
     def asked(self) -> None:
         """A disk was asked for something: a spell that is on goes on until it may have come."""
-        if self._is_awake:
+        if self._is_awake and not self._suspended:
             self._until_s = self._clock() + DISK_POLL_S
+
+    def suspend(self) -> None:
+        """No more spells, until `resume` was called as often as this."""
+        self._suspended += 1
+        self._until_s = 0.0
+
+    def resume(self) -> None:
+        """See `suspend`."""
+        self._suspended -= 1
 
     def _go_round(self) -> None:
         loop = self._loop()

@@ -21,6 +21,35 @@ MUTANTS = [
         tests=("tests/unit/block/test_at_once.py::test_a_read_that_was_begun_holds_a_drain_up_until_it_has_ended",),
     ),
     Mutant(
+        "begun-flush-not-counted",
+        _EDGE,
+        """
+        self.busy += 1
+        begun = self._node.begin_flush(functools.partial(self._flush_ended, ended))
+        self.busy -= not begun
+        return begun
+""",
+        """
+        return self._node.begin_flush(ended)
+""",
+        "a drain waits for the flushes that were begun",
+        tests=("tests/unit/block/test_at_once.py::test_a_flush_that_was_begun_holds_a_drain_up_until_it_has_ended",),
+    ),
+    Mutant(
+        "begun-flush-passes-the-gate",
+        _EDGE,
+        """
+        if self._gate is not None:
+            return False
+        self.busy += 1
+        begun = self._node.begin_flush""",
+        """
+        self.busy += 1
+        begun = self._node.begin_flush""",
+        "nothing is begun past a closed gate",
+        tests=("tests/unit/block/test_at_once.py::test_a_flush_that_was_begun_holds_a_drain_up_until_it_has_ended",),
+    ),
+    Mutant(
         "begun-read-of-what-became-untrue",
         _EDGE,
         """

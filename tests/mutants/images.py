@@ -27,10 +27,16 @@ MUTANTS = [
         "joins-the-sync-that-runs",
         _FILE,
         """
-        while self._synced < wanted or self._poison is not None:
+            if error is None and flush[0] > covered:
+                self._flushes.append(flush)
+        if self._flushes:
+            self._begin_sync()
+        for wanted, ended in waiting:
+            if error is not None or wanted <= covered:
+                ended(error)
 """,
         """
-        if self._synced < wanted or self._poison is not None:
+            flush[1](error)
 """,
         "a flush that comes while one runs shares the next one",
     ),
@@ -39,10 +45,11 @@ MUTANTS = [
         _FILE,
         """
             self._poison = error
-            self.give_up(Problem(told(self._poisoned(error))))
+            error = self._poisoned(error)
+            self.give_up(Problem(told(error)))
 """,
         """
-            error.add_note("once")
+            error = self._poisoned(error)
 """,
         "the first failed flush is final",
     ),
@@ -586,13 +593,69 @@ MUTANTS = [
         "cancelled-flush-takes-the-sync-along",
         _FILE,
         """
-                await asyncio.shield(self._syncing)
+    if done.done():  # whoever waited was cancelled
+        return
+    if error is None:
 """,
         """
-                await self._syncing
+    if error is None:
 """,
         "a flush that is cancelled takes neither the others' flush nor its outcome along",
-        tests=("tests/unit/block/nodes/test_file.py::test_a_cancelled_flush_does_not_take_the_failure_with_it",),
+        tests=("tests/unit/block/nodes/test_file.py::test_a_cancelled_flush_leaves_the_others_waiting_for_their_sync",),
+    ),
+    Mutant(
+        "begun-flush-commits-no-tables",
+        _NODE,
+        """
+        if self.read_only or commits.running or commits.dirty or self._image.failure is not None:
+            return False
+        return self._file.begin_flush""",
+        """
+        if self.read_only or commits.running or self._image.failure is not None:
+            return False
+        return self._file.begin_flush""",
+        "a flush makes the tables durable by which what was written is found",
+        tests=(
+            "tests/unit/block/test_at_once.py::test_a_flush_of_an_image_is_begun_only_where_no_table_is_to_be_committed",
+        ),
+    ),
+    Mutant(
+        "begun-flush-fails-once-only",
+        _NODE,
+        """
+        if isinstance(error, FleecerError):
+            self._image.poison(error)
+        ended(error)
+""",
+        """
+        ended(error)
+""",
+        "the first failed flush of an image is final",
+        tests=("tests/unit/block/test_at_once.py::test_a_flush_of_an_image_that_was_begun_and_fails_is_final",),
+    ),
+    Mutant(
+        "sync-tells-of-no-error",
+        _FILE_STORAGE,
+        """
+        ended(self._failed(OSError(-result, os.strerror(-result)), "flush", 0, 0) if result else None)
+""",
+        """
+        ended(None)
+""",
+        "a sync that failed is told as that",
+        tests=("tests/unit/storage/test_syncs.py::test_a_sync_that_failed_names_the_file",),
+    ),
+    Mutant(
+        "new-name-not-synced",
+        _FILE_STORAGE,
+        """
+        syncs = running_pool().syncs() if self._unsynced_directory is None else None
+""",
+        """
+        syncs = running_pool().syncs()
+""",
+        "the first sync of a new file makes its name durable too",
+        tests=("tests/unit/storage/test_syncs.py::test_a_new_file_is_synced_by_a_thread_which_syncs_its_name_too",),
     ),
     Mutant(
         "close-beside-a-running-commit",

@@ -47,19 +47,15 @@ MUTANTS = [
         "flush-of-one-connection-only",
         _CONNECTION,
         """
-            else:
-                await export.execute(request)
-                spares.give(request.data)
-                codec.reply_done(request)
+            if request.command == CMD_FLUSH and self._begin_flush(request):
+                return
 """,
         """
-            else:
-                self.__dict__.setdefault("wrote", 0)
-                self.wrote += request.command != 3
-                if self.wrote or request.command != 3:
-                    await export.execute(request)
-                spares.give(request.data)
-                codec.reply_done(request)
+            if request.command == CMD_FLUSH and "wrote" not in self.__dict__:
+                self._in_flight += 1
+                self._flush_ended(request, None)
+                return
+            self.wrote = True
 """,
         "a flush covers the writes of every connection",
     ),
@@ -101,6 +97,20 @@ MUTANTS = [
 """,
         "a connection that is going begins nothing new",
         tests=("tests/unit/export/test_at_once.py::test_no_read_is_begun_any_more_when_the_server_stops",),
+    ),
+    Mutant(
+        "flushes-begun-while-refusing",
+        _CONNECTION,
+        """
+        if request.error or self._refusing or export is None:
+""",
+        """
+        if request.error or export is None:
+""",
+        "a connection that is going begins nothing new",
+        tests=(
+            "tests/unit/export/test_at_once.py::test_a_server_stops_only_after_a_flush_that_was_begun_and_begins_no_other",
+        ),
     ),
     Mutant(
         "fua-ignored",

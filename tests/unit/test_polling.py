@@ -103,6 +103,23 @@ def test_a_slow_disk_makes_spells_rare() -> None:
     assert awake <= 1000 // SKIPS_MAX + 7
 
 
+def test_a_spell_ends_when_a_worker_of_the_kernels_is_asked_and_none_begins_until_all_are_done() -> None:
+    loop = Loop()
+    loop.polling.arrived()
+    loop.polling.arrived()
+    for _ in range(2):
+        loop.polling.suspend()
+    loop.polling.asked()
+    loop.turn(0)
+    assert not loop.is_awake
+    for _ in range(2):
+        loop.polling.arrived()
+        assert not loop.is_awake
+        loop.polling.resume()
+    loop.polling.arrived()
+    assert loop.is_awake
+
+
 def test_spells_in_vain_become_rare_until_one_is_not() -> None:
     loop = Loop()
     for expected in (1, 2, 4, 8, 16, 32, 64, SKIPS_MAX, SKIPS_MAX):

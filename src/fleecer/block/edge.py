@@ -24,7 +24,7 @@ from fleecer import spares
 from fleecer.block.node import Extent, Node, merge_extents
 from fleecer.errors import FleecerError, IoError, PermissionConflict, quoted
 from fleecer.ranges import Buffer, ReadAtOnce, WriteAtOnce, align_down, align_up
-from fleecer.storage.api import ReadEnded
+from fleecer.storage.api import Ended, ReadEnded
 from fleecer.waiters import Waiters
 
 
@@ -184,6 +184,21 @@ class Edge:
         if self._idle is not None and not self.busy:
             self._now_idle()
         ended(data, error)
+
+    def begin_flush(self, ended: Ended) -> bool:
+        """As `flush`, if that can begin now; see `Node.begin_flush`. False, with nothing done, if not."""
+        if self._gate is not None:
+            return False
+        self.busy += 1
+        begun = self._node.begin_flush(functools.partial(self._flush_ended, ended))
+        self.busy -= not begun
+        return begun
+
+    def _flush_ended(self, ended: Ended, error: Exception | None) -> None:
+        self.busy -= 1
+        if self._idle is not None and not self.busy:
+            self._now_idle()
+        ended(error)
 
     # The six operations. Each passes the gate, checks, counts, and hands on.
 

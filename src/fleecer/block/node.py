@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 from fleecer.block.inflight import InFlight
 from fleecer.ranges import Buffer, ReadAtOnce, WriteAtOnce
-from fleecer.storage.api import ReadEnded
+from fleecer.storage.api import Ended, ReadEnded
 from fleecer.units import MiB
 
 if TYPE_CHECKING:
@@ -77,7 +77,13 @@ class Problem(NamedTuple):
     span: tuple[int, int] | None = None
 
 
-_SHORT_CUTS = (("pread", "reader"), ("pread", "begin_pread"), ("pwrite", "writer"), ("pwrite", "serialising_writer"))
+_SHORT_CUTS = (
+    ("pread", "reader"),
+    ("pread", "begin_pread"),
+    ("pwrite", "writer"),
+    ("pwrite", "serialising_writer"),
+    ("flush", "begin_flush"),
+)
 
 
 class Node(abc.ABC):
@@ -88,7 +94,7 @@ class Node(abc.ABC):
     __slots__ = ("check", "children", "limits", "name", "on_problem", "padding", "problem", "read_only", "size")
 
     def __init_subclass__(cls) -> None:
-        """Who overrides `pread` or `pwrite` alone gets every request there, and none takes a short cut past them."""
+        """Who overrides `pread`, `pwrite` or `flush` alone gets every request there: none takes a short cut past it."""
         super().__init_subclass__()
         for operation, short_cut in _SHORT_CUTS:
             if operation in cls.__dict__ and short_cut not in cls.__dict__:
@@ -135,6 +141,14 @@ class Node(abc.ABC):
         For requests inside the node that could not be read at once. `ended` hears of the end in a later turn of the
         event loop, once. False, with nothing done and nobody told, if it takes more: use `pread`. Raises FleecerError
         where `pread` would at once. What `reader` and `writer` gave is as good as before.
+        """
+        return False
+
+    def begin_flush(self, ended: Ended) -> bool:
+        """Begins what `flush` does, where a file has to be synced for that and nothing else.
+
+        `ended` hears of the end once, perhaps before this returns. False, with nothing done and nobody told, if it
+        takes more, or nothing at all: use `flush`.
         """
         return False
 

@@ -30,7 +30,7 @@ from fleecer.ranges import Buffer, ReadAtOnce, WriteAtOnce, is_zero
 from fleecer.units import KiB, MiB
 from fleecer.waiters import Waiters
 from fleecer.wire.nbd import AtOnce, Request, ServerCodec
-from fleecer.wire.nbd.constants import CMD_BLOCK_STATUS, CMD_READ, CMD_WRITE, EXTENT
+from fleecer.wire.nbd.constants import CMD_BLOCK_STATUS, CMD_FLUSH, CMD_READ, CMD_WRITE, EXTENT
 
 if TYPE_CHECKING:
     from fleecer.export.server import Server
@@ -267,6 +267,25 @@ class Connection:
         if not self._send_due:
             self._send_soon()
 
+    def _begin_flush(self, request: Request) -> bool:
+        """As `_begin_read`, for a flush that has to wait for a file to be synced and for nothing else."""
+        export = self.export
+        if request.error or self._refusing or export is None:
+            return False
+        self._in_flight += 1
+        begun = export.edge.begin_flush(functools.partial(self._flush_ended, request))
+        self._in_flight -= not begun
+        return begun
+
+    def _flush_ended(self, request: Request, error: Exception | None) -> None:
+        self._in_flight -= 1
+        if error is None:
+            self._codec.reply_done(request)
+        else:
+            self._fail(request, error)
+        if not self._send_due:
+            self._send_soon()
+
     def _run_parts(self, request: Request, export: Export) -> None:
         """Runs a long read in parts. Those for which there is no room now are left for later."""
         parts = self._codec.split(request, PART_BYTES)
@@ -297,6 +316,8 @@ class Connection:
 
     def _start(self, request: Request, *, tried: bool = False) -> None:
         try:
+            if request.command == CMD_FLUSH and self._begin_flush(request):
+                return
             task = eager.start(self._answer(request, tried))
         except Exception as error:  # noqa: BLE001 - only a bug comes this far, and the other requests go on
             self._report(error)

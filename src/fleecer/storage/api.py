@@ -22,6 +22,9 @@ from fleecer.ranges import Buffer
 ReadEnded = Callable[[Buffer, Exception | None], None]
 """Hears how a read ended: what was read and None, or why it failed. It must not raise."""
 
+Ended = Callable[[Exception | None], None]
+"""Hears how something else ended: None, or why it failed. It must not raise."""
+
 BeginRead = Callable[[int, int, ReadEnded], bool]
 """Begins a read at an offset, of a length, or says that it cannot; see `Storage.begin_pread`."""
 
@@ -108,6 +111,12 @@ class Storage(Protocol):
 
         After a failure the state of all unsynced data is unknown, and a later success does not change that: the kernel
         marks pages clean whose writing failed. The caller must not trust this storage again.
+        """
+
+    def begin_sync(self, ended: Ended) -> bool:
+        """Begins to do what `sync` does, and returns True; or returns False: use `sync`.
+
+        `ended` is called once, in a later turn of the event loop.
         """
 
     async def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:

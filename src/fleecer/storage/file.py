@@ -33,7 +33,7 @@ from fleecer import spares
 from fleecer.errors import CannotOpen, IoError, UsageError, quoted
 from fleecer.ranges import Buffer, align_down, align_up
 from fleecer.storage import fallocate
-from fleecer.storage.api import ReadEnded, StorageLimits
+from fleecer.storage.api import Ended, ReadEnded, StorageLimits
 from fleecer.storage.lanes import Lane, Result, settle, tell
 from fleecer.storage.locks import lock_image
 from fleecer.storage.paths import identity_of, open_unnamed, sync_directory
@@ -321,7 +321,23 @@ class FileStorage:
 
     async def sync(self) -> None:
         """See `Storage.sync`."""
-        await running_pool().submit(self._sync_lane, self._sync)
+        done: Result[Buffer] = Result(loop=asyncio.get_running_loop())
+        if self.begin_sync(functools.partial(settle, done, b"")):
+            await done
+        else:
+            await running_pool().submit(self._sync_lane, self._sync)
+
+    def begin_sync(self, ended: Ended) -> bool:
+        """See `Storage.begin_sync`: where the kernel's workers sync (syncs.py), and a name need not be synced too."""
+        syncs = running_pool().syncs() if self._unsynced_directory is None else None
+        if syncs is None or not syncs.begin(self._fd, functools.partial(self._sync_ended, ended)):
+            return False
+        self._sync_lane.running += 1
+        return True
+
+    def _sync_ended(self, ended: Ended, result: int) -> None:
+        self._sync_lane.running -= 1
+        ended(self._failed(OSError(-result, os.strerror(-result)), "flush", 0, 0) if result else None)
 
     async def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
         """See `Storage.extents`."""

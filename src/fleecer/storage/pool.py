@@ -26,6 +26,7 @@ from typing import Any, TypeVar, TypeVarTuple
 
 from fleecer.storage.lanes import Lane, Result
 from fleecer.storage.ring import Disk, Ring, load, open_ring
+from fleecer.storage.syncs import Syncs, open_syncs
 from fleecer.waiters import Waiters
 
 THREADS_MAX = 64
@@ -75,6 +76,8 @@ class Pool:
         self._closed = False
         self._ring: Ring | None = None
         self._asked_for_ring = False
+        self._syncs: Syncs | None = None
+        self._asked_for_syncs = False
         self._disks: dict[int, Disk] = {}
         asyncio.get_running_loop().add_reader(self._bell.fd, self._collect)
         # A loop that goes away without closing its pool takes the threads with it.
@@ -115,6 +118,13 @@ class Pool:
             self.submit(Lane(), load).add_done_callback(self._open_ring)
         return self._ring
 
+    def syncs(self) -> Syncs | None:
+        """What syncs without threads, where that can be done (syncs.py)."""
+        if not self._asked_for_syncs:
+            self._asked_for_syncs = True
+            self._syncs = open_syncs()
+        return self._syncs
+
     def disk(self, number: int) -> Disk:
         """What the files on the disk of that device number share."""
         return self._disks.setdefault(number, Disk())
@@ -125,16 +135,16 @@ class Pool:
 
     async def close(self) -> None:
         """Waits for all work submitted, then ends the threads. A second call does nothing."""
-        while self._running or (self._ring is not None and self._ring.busy):  # what ends in one may go on in the other
+        while self._running or any(kernels.busy for kernels in self._kernels()):  # what ends in one goes on in another
             if self._running:
                 await self._idle.wait()
-            elif self._ring is not None:
-                await self._ring.idle()
+            for kernels in self._kernels():
+                await kernels.idle()
         if self._closed:
             return
         self._closed = True
-        if self._ring is not None:
-            self._ring.close()
+        for kernels in self._kernels():
+            kernels.close()
         asyncio.get_running_loop().remove_reader(self._bell.fd)
         threads = list(self._threads)
         _dismiss(self._jobs, self._threads)
@@ -142,6 +152,10 @@ class Pool:
             thread.join()
         if _pools.get(asyncio.get_running_loop()) is self:
             del _pools[asyncio.get_running_loop()]
+
+    def _kernels(self) -> list[Ring | Syncs]:
+        """The queues of the kernel that there are."""
+        return [kernels for kernels in (self._ring, self._syncs) if kernels is not None]
 
     def _dispatch(self, job: _Job) -> None:
         job[1].running += 1

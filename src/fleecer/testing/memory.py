@@ -18,7 +18,7 @@ from typing import Any, Literal
 from fleecer.block.nodes.file import FileNode
 from fleecer.errors import IoError
 from fleecer.ranges import Buffer, align_down, align_up, is_zero
-from fleecer.storage.api import ReadEnded, Storage, StorageLimits
+from fleecer.storage.api import Ended, ReadEnded, Storage, StorageLimits
 from fleecer.storage.lanes import tell
 
 Pause = Callable[[], Awaitable[None]]
@@ -132,6 +132,10 @@ class MemoryStorage:
         """See `Storage.sync`."""
         await self._paused()
         self.sync_count += 1
+
+    def begin_sync(self, ended: Ended) -> bool:
+        """See `Storage.begin_sync`: never."""
+        return False
 
     async def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
         """See `Storage.extents`."""
@@ -308,6 +312,10 @@ class FaultyStorage:
         """See `Storage.sync`. As on Linux, a failure may be followed by success, with nothing saved."""
         self._raise(self._due("flush"), 0, 0)
         await self.inner.sync()
+
+    def begin_sync(self, ended: Ended) -> bool:
+        """See `Storage.begin_sync`: never."""
+        return False
 
     async def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
         """See `Storage.extents`."""

@@ -22,7 +22,7 @@ from fleecer.block.nodes.raw import RawNode
 from fleecer.errors import CorruptImage, IoError
 from fleecer.formats.qcow2.tables import COPIED
 from fleecer.ranges import Buffer, WriteAtOnce
-from fleecer.testing.memory import MemoryNode, MemoryStorage
+from fleecer.testing.memory import FaultyStorage, MemoryNode, MemoryStorage
 from fleecer.units import KiB, MiB
 
 
@@ -430,6 +430,76 @@ async def test_a_read_that_was_begun_and_a_write_of_its_range_wait_for_each_othe
     await held.go_on()
     await writing
     assert held.told == [b"o" * 4096]
+
+
+async def test_a_flush_that_was_begun_holds_a_drain_up_until_it_has_ended() -> None:
+    held = Held()
+    storage = MemoryStorage(4096, pause=held)
+    disk = FileNode("disk", storage)
+    edge = Edge(RawNode("raw", Edge(disk, "raw", "file", writable=True)), "guest", "disk", writable=True)
+    told: list[Exception | None] = []
+    assert edge.begin_flush(told.append)
+    assert edge.busy == 1
+    edge.close_gate()
+    assert not edge.begin_flush(told.append), "the gate is closed"
+    drained = asyncio.create_task(edge.idle())
+    await asyncio.sleep(0)
+    assert not drained.done()
+    assert not told
+    held.may_go.set()
+    await drained
+    assert told == [None]
+    assert edge.busy == 0
+    edge.open_gate()
+    assert not edge.begin_flush(told.append), "nothing is to be synced"
+    assert edge.busy == 0
+
+
+async def test_who_overrides_flushing_sees_what_could_be_begun_past_it() -> None:
+    class Spy(RawNode):
+        async def flush(self) -> None:
+            await super().flush()
+
+    edge = Edge(Spy("spy", Edge(FileNode("disk", MemoryStorage(4096)), "spy", "file", writable=True)), "guest", "disk")
+    assert not edge.begin_flush(lambda _: None)
+    assert edge.busy == 0
+
+
+async def test_a_flush_of_an_image_is_begun_only_where_no_table_is_to_be_committed() -> None:
+    storage = await new_image(MiB)
+    node = await open_image(storage)
+    edge = guest(node)
+    told: list[Exception | None] = []
+    await edge.pwrite(0, b"o" * 64 * KiB)
+    assert not edge.begin_flush(told.append), "there is a table to be committed"
+    await edge.flush()
+    await edge.pwrite(0, b"n")
+    synced = storage.sync_count
+    assert edge.begin_flush(told.append)
+    while not told:
+        await asyncio.sleep(0)
+    assert told == [None]
+    assert storage.sync_count == synced + 1
+
+
+async def test_a_flush_of_an_image_that_was_begun_and_fails_is_final() -> None:
+    faulty = FaultyStorage(await new_image(MiB))
+    edge = guest(await open_image(faulty))
+    told: list[Exception | None] = []
+    await edge.pwrite(0, b"o")
+    await edge.flush()
+    await edge.pwrite(0, b"n")
+    faulty.fail("flush")
+    assert edge.begin_flush(told.append)
+    while not told:
+        await asyncio.sleep(0)
+    assert isinstance(told[0], IoError)
+    assert not edge.begin_flush(told.append)
+    for _ in range(2):
+        with pytest.raises(IoError, match="reopen the image"):
+            await edge.pwrite(0, b"x")
+        with pytest.raises(IoError, match="reopen the image"):
+            await edge.flush()
 
 
 @pytest.mark.parametrize("backed", [False, True])

@@ -22,7 +22,7 @@ from fleecer.export.connection import QUEUED_BYTES_MAX, SKIPS_MAX, Connection
 from fleecer.export.server import WAY_TURN_BYTES
 from fleecer.net.stream import SocketStream
 from fleecer.ranges import Buffer
-from fleecer.storage.api import ReadEnded
+from fleecer.storage.api import Ended, ReadEnded
 from fleecer.storage.file import FileStorage, open_file
 from fleecer.units import KiB
 from fleecer.wire.nbd import AtOnce, ServerCodec
@@ -370,3 +370,88 @@ async def test_a_client_whose_requests_mostly_wait_pays_little_for_those_that_ne
     passes.clear()
     await read(2 * SKIPS_MAX)
     assert sum(passes) >= SKIPS_MAX - 1, "those that need not wait are done so again"
+
+
+# Flushes that are begun.
+
+
+@pytest.fixture
+async def waiting(world: World, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[list[Ended]]:
+    """Has files begin each sync, and no request take a coroutine; who waits for the end of a sync."""
+    told: list[Ended] = []
+
+    def begin(storage: FileStorage, ended: Ended) -> bool:
+        told.append(ended)
+        return True
+
+    monkeypatch.setattr(FileStorage, "begin_sync", begin)
+    monkeypatch.setattr(Connection, "_answer", lambda *_: pytest.fail("a coroutine was started"))
+    yield told
+    for ended in told:
+        ended(None)
+
+
+async def begun(waiting: list[Ended]) -> None:
+    async with asyncio.timeout(30):
+        while not waiting:
+            await asyncio.sleep(0)
+
+
+async def test_a_flush_costs_no_coroutine_and_is_answered_after_the_sync(world: World, waiting: list[Ended]) -> None:
+    client = await world.client()
+    for _ in range(2):
+        write, flush = client.codec.write(0, b"x"), client.codec.flush()
+        client.send()
+        assert not (await client.reply(write)).error
+        replies = len(client.replies)
+        await begun(waiting)
+        await turns(5)
+        assert len(client.replies) == replies
+        waiting.pop()(None)
+        assert not (await client.reply(flush)).error
+
+
+async def test_a_flush_that_was_begun_and_fails_is_answered_with_what_went_wrong(
+    world: World, waiting: list[Ended]
+) -> None:
+    client = await world.client()
+    flush = client.codec.flush()
+    client.send()
+    await begun(waiting)
+    waiting.pop()(IoError(errno.ENOSPC, "disk", "flush"))
+    assert (await client.reply(flush)).error == errno.ENOSPC
+
+
+async def test_a_server_stops_only_after_a_flush_that_was_begun_and_begins_no_other(
+    world: World, waiting: list[Ended], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = await world.client()
+    flush = client.codec.flush()
+    client.send()
+    await begun(waiting)
+    monkeypatch.undo()
+    stopping = asyncio.create_task(world.server.stop())
+    await turns(3)
+    another = client.codec.flush()
+    client.send()
+    assert (await client.reply(another)).error == errno.ESHUTDOWN
+    assert not stopping.done()
+    waiting.pop()(None)
+    assert not (await client.reply(flush)).error
+    await stopping
+
+
+async def test_a_flush_whose_client_has_gone_holds_its_export_until_the_sync_is_done(
+    world: World, waiting: list[Ended]
+) -> None:
+    client = await world.client()
+    client.codec.flush()
+    client.send()
+    await begun(waiting)
+    client.stream.abort()
+    await turns(5)
+    assert world.edge.busy == 1
+    waiting.pop()(None)
+    await turns(5)
+    assert world.edge.busy == 0
+    assert not world.server._connections

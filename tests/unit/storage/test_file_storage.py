@@ -35,6 +35,7 @@ from fleecer.storage.file import (
     open_unlinked,
 )
 from fleecer.storage.pool import running_pool
+from fleecer.storage.syncs import SWITCH_VARIABLE
 
 SIZE = 1 << 20
 
@@ -640,6 +641,7 @@ async def test_truncate_cuts_and_extends_with_zeroes(storage: FileStorage) -> No
 async def test_the_first_sync_of_a_new_file_makes_its_name_durable_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(SWITCH_VARIABLE, "off")
     calls: list[str] = []
     monkeypatch.setattr(os, "fsync", lambda fd: calls.append("fsync " + os.readlink(f"/proc/self/fd/{fd}")))
     monkeypatch.setattr(os, "fdatasync", lambda fd: calls.append("fdatasync " + os.readlink(f"/proc/self/fd/{fd}")))

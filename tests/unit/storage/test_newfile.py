@@ -12,6 +12,7 @@ import pytest
 from fleecer.errors import IoError
 from fleecer.storage import newfile
 from fleecer.storage.newfile import NewFile, made_directories
+from fleecer.storage.syncs import SWITCH_VARIABLE
 
 real_open = os.open
 
@@ -105,6 +106,7 @@ async def test_replacing_keeps_the_mode_and_leaves_one_file(
 async def test_the_file_is_synced_before_its_name_and_the_directory_after(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv(SWITCH_VARIABLE, "off")
     steps: list[str] = []
     new = await made(tmp_path, b"x")
     fd_of_file = int(new.path.rsplit("/", 1)[1])

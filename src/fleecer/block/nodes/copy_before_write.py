@@ -11,7 +11,7 @@ import functools
 from fleecer.block.copier import Copier
 from fleecer.block.nodes.filter import FilterNode
 from fleecer.ranges import Buffer, ReadAtOnce, WriteAtOnce
-from fleecer.storage.api import ReadEnded
+from fleecer.storage.api import Ended, ReadEnded
 
 
 class CopyBeforeWriteNode(FilterNode):
@@ -41,6 +41,10 @@ class CopyBeforeWriteNode(FilterNode):
     def begin_pread(self, offset: int, length: int, ended: ReadEnded) -> bool:
         """See `Node.begin_pread`."""
         return self.child.begin_pread(offset, length, ended)
+
+    def begin_flush(self, ended: Ended) -> bool:
+        """See `Node.begin_flush`."""
+        return self.child.begin_flush(ended)
 
     def writer(self) -> WriteAtOnce | None:
         """See `Node.writer`: what must be preserved first may have to wait."""

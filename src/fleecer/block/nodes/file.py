@@ -15,6 +15,8 @@ Invariants:
 from __future__ import annotations
 
 import asyncio
+import errno
+import functools
 import os
 
 from fleecer import eager
@@ -22,7 +24,7 @@ from fleecer.block.inflight import InFlight
 from fleecer.block.node import HOLE, ZERO, Extent, Limits, Node, Problem, merge_extents
 from fleecer.errors import IoError, UsageError, quoted, told
 from fleecer.ranges import Buffer, ReadAtOnce, WriteAtOnce
-from fleecer.storage.api import ReadEnded, Storage
+from fleecer.storage.api import Ended, ReadEnded, Storage
 
 
 class FileNode(Node):
@@ -33,7 +35,17 @@ class FileNode(Node):
 
     driver = "file"
 
-    __slots__ = ("_changes", "_known_data", "_poison", "_pooled", "_synced", "_syncing", "_times_emptied", "storage")
+    __slots__ = (
+        "_changes",
+        "_flushes",
+        "_is_syncing",
+        "_known_data",
+        "_poison",
+        "_pooled",
+        "_synced",
+        "_times_emptied",
+        "storage",
+    )
 
     def __init__(self, name: str, storage: Storage) -> None:
         limits = storage.limits
@@ -60,7 +72,8 @@ class FileNode(Node):
         # Changes ended so far, and how many of them are durable. What was there at the start may not be either.
         self._changes = 0 if storage.read_only else 1
         self._synced = 0
-        self._syncing: asyncio.Task[None] | None = None
+        self._is_syncing = False
+        self._flushes: list[tuple[int, Ended]] = []  # who waits, and for how many changes
         self._poison: IoError | None = None
         # The run of data found last. Finding out again can cost as much as the run is long, and the file is locked
         # meanwhile. Where somebody else empties a part, it is still no mistake to call that data.
@@ -153,15 +166,61 @@ class FileNode(Node):
 
     async def flush(self) -> None:
         """See `Node.flush`."""
-        wanted = self._changes
-        while self._synced < wanted or self._poison is not None:
-            if self._poison is not None:
-                raise self._poisoned(self._poison)
-            # In a task of its own where it has to wait: a flush that is cancelled must not take the outcome with it.
-            if self._syncing is None:
-                self._syncing = eager.start(self._sync())
-            if self._syncing is not None:
-                await asyncio.shield(self._syncing)
+        if self._poison is not None:
+            raise self._poisoned(self._poison)
+        if self._synced < self._changes:
+            # Who is cancelled takes neither the sync nor its outcome along.
+            done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            self._await_sync(functools.partial(_settle, done))
+            await done
+
+    def begin_flush(self, ended: Ended) -> bool:
+        """See `Node.begin_flush`."""
+        if self._poison is not None or self._synced >= self._changes:
+            return False
+        self._await_sync(ended)
+        return True
+
+    def _await_sync(self, ended: Ended) -> None:
+        """Has `ended` told once all changes that have ended are durable, or cannot be made so."""
+        self._flushes.append((self._changes, ended))
+        if not self._is_syncing:
+            self._begin_sync()
+
+    def _begin_sync(self) -> None:
+        self._is_syncing = True
+        covered = self._changes
+        if not self.storage.begin_sync(functools.partial(self._sync_ended, covered)):
+            eager.start(self._sync(covered))
+
+    async def _sync(self, covered: int) -> None:
+        try:
+            await self.storage.sync()
+        except Exception as error:  # noqa: BLE001 - it belongs to those who wait
+            self._sync_ended(covered, error)
+        except asyncio.CancelledError:
+            self._sync_ended(covered, IoError(errno.ECANCELED, self.name, "flush", detail="it was given up"))
+            raise
+        else:
+            self._sync_ended(covered, None)
+
+    def _sync_ended(self, covered: int, error: Exception | None) -> None:
+        self._is_syncing = False
+        if error is None:
+            self._synced = covered
+        elif isinstance(error, IoError):
+            self._poison = error
+            error = self._poisoned(error)
+            self.give_up(Problem(told(error)))
+        waiting, self._flushes = self._flushes, []
+        for flush in waiting:
+            if error is None and flush[0] > covered:
+                self._flushes.append(flush)
+        if self._flushes:
+            self._begin_sync()
+        for wanted, ended in waiting:
+            if error is not None or wanted <= covered:
+                ended(error)
 
     async def block_status(self, offset: int, length: int) -> list[Extent]:
         """See `Node.block_status`."""
@@ -194,19 +253,17 @@ class FileNode(Node):
         if end > self.size:
             self.size = max(self.size, self.storage.size)
 
-    async def _sync(self) -> None:
-        covered = self._changes
-        try:
-            await self.storage.sync()
-            self._synced = covered
-        except IoError as error:
-            self._poison = error
-            self.give_up(Problem(told(self._poisoned(error))))
-        finally:
-            self._syncing = None
-
     def _poisoned(self, cause: IoError) -> IoError:
         detail = f"{os.strerror(cause.errno)}; what was written may be lost: check it, and open the image anew"
         error = IoError(cause.errno, self.name, "flush", detail=detail)
         error.__cause__ = cause
         return error
+
+
+def _settle(done: asyncio.Future[None], error: Exception | None) -> None:
+    if done.done():  # whoever waited was cancelled
+        return
+    if error is None:
+        done.set_result(None)
+    else:
+        done.set_exception(error)

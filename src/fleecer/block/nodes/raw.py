@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fleecer.block.nodes.filter import FilterNode
 from fleecer.ranges import Buffer, ReadAtOnce, WriteAtOnce
-from fleecer.storage.api import ReadEnded
+from fleecer.storage.api import Ended, ReadEnded
 
 
 class RawNode(FilterNode):
@@ -25,6 +25,10 @@ class RawNode(FilterNode):
     def begin_pread(self, offset: int, length: int, ended: ReadEnded) -> bool:
         """See `Node.begin_pread`."""
         return self.child.begin_pread(offset, length, ended)
+
+    def begin_flush(self, ended: Ended) -> bool:
+        """See `Node.begin_flush`."""
+        return self.child.begin_flush(ended)
 
     def writer(self) -> WriteAtOnce | None:
         """See `Node.writer`."""

@@ -31,7 +31,7 @@ from typing import Literal
 from fleecer import spares
 from fleecer.errors import IoError
 from fleecer.ranges import Buffer, align_down, align_up, is_zero, zeroes
-from fleecer.storage.api import ReadEnded, StorageLimits
+from fleecer.storage.api import Ended, ReadEnded, StorageLimits
 from fleecer.testing.memory import begin
 from fleecer.testing.sim.loop import SimLoop
 
@@ -259,6 +259,15 @@ class SimDisk:
             await self._wait(self._latency())
         finally:
             self._end("sync", 0, 0)
+
+    def begin_sync(self, ended: Ended) -> bool:
+        """See `Storage.begin_sync`."""
+        begin(self._sync_told(), lambda _, error: ended(error))
+        return True
+
+    async def _sync_told(self) -> Buffer:
+        await self.sync()
+        return b""
 
     async def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
         """See `Storage.extents`."""

@@ -350,6 +350,69 @@ async def test_a_cancelled_flush_does_not_take_the_failure_with_it() -> None:
     assert storage.started == 1
 
 
+async def test_a_cancelled_flush_leaves_the_others_waiting_for_their_sync() -> None:
+    storage = GatedSync()
+    node = FileNode("disk0", storage)
+    flushes = [asyncio.create_task(node.flush()) for _ in range(3)]
+    await turns()
+    flushes[0].cancel()
+    flushes[2].cancel()
+    await turns()
+    assert [flush.done() for flush in flushes] == [True, False, True]
+    storage.go_on.set()
+    await flushes[1]
+    assert storage.started == 1
+
+
+async def test_a_flush_is_begun_where_there_is_something_to_sync_and_told_of_the_end() -> None:
+    storage = GatedSync()
+    node = FileNode("disk0", storage)
+    told: list[Exception | None] = []
+    assert node.begin_flush(told.append)
+    await node.pwrite(0, b"x")
+    assert node.begin_flush(told.append), "what ended meanwhile needs another sync"
+    await turns()
+    assert (storage.started, told) == (1, [])
+    storage.go_on.set()
+    while len(told) < 2:
+        await asyncio.sleep(0)
+    assert told == [None, None]
+    assert storage.started == 2
+    assert not node.begin_flush(told.append), "there is nothing to sync"
+    assert len(told) == 2
+
+
+async def test_a_flush_that_was_begun_and_fails_is_as_final_as_any() -> None:
+    storage = FaultyStorage(MemoryStorage(8192))
+    node = FileNode("disk0", storage)
+    storage.fail("flush", errno=errno.ENOSPC)
+    told: list[Exception | None] = []
+    assert node.begin_flush(told.append)
+    await turns()
+    (error,) = told
+    assert isinstance(error, IoError)
+    assert error.errno == errno.ENOSPC
+    assert node.problem is not None
+    assert not node.begin_flush(told.append)
+    with pytest.raises(IoError, match="what was written may be lost"):
+        await node.flush()
+
+
+async def test_a_sync_that_ends_in_a_bug_is_told_and_tried_anew() -> None:
+    class Buggy(MemoryStorage):
+        async def sync(self) -> None:
+            self.sync_count += 1
+            if self.sync_count == 1:
+                raise ZeroDivisionError
+
+    storage = Buggy(8192)
+    node = FileNode("disk0", storage)
+    with pytest.raises(ZeroDivisionError):
+        await node.flush()
+    await node.flush()
+    assert storage.sync_count == 2
+
+
 async def test_a_failed_write_may_have_changed_something_so_the_next_flush_syncs() -> None:
     storage = FaultyStorage(MemoryStorage(b"o" * 8192))
     inner = storage.inner

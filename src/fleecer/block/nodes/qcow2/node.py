@@ -27,11 +27,11 @@ from fleecer.block.nodes.qcow2.image import Image
 from fleecer.block.nodes.qcow2.metadata import SingleFlight, Slice
 from fleecer.block.nodes.qcow2.reading import Reader
 from fleecer.block.nodes.qcow2.writing import Writer
-from fleecer.errors import CorruptImage
+from fleecer.errors import CorruptImage, FleecerError
 from fleecer.formats.qcow2.header import COMPRESSION_ZSTD, LAZY_REFCOUNTS
 from fleecer.formats.qcow2.tables import COPIED, Backing, Data, Zero
 from fleecer.ranges import PIECE_BYTES, Buffer, ReadAtOnce, WriteAtOnce, align_down, align_up
-from fleecer.storage.api import ReadEnded
+from fleecer.storage.api import Ended, ReadEnded
 from fleecer.units import KiB
 
 STATUS_EXTENTS_MAX = 4096
@@ -303,6 +303,18 @@ class Qcow2Node(Node):
             await self._writer.empty(first, last, unmap=True)
         finally:
             self._in_flight.leave(claim)
+
+    def begin_flush(self, ended: Ended) -> bool:
+        """See `Node.begin_flush`: where there is nothing to commit."""
+        commits = self._commits
+        if self.read_only or commits.running or commits.dirty or self._image.failure is not None:
+            return False
+        return self._file.begin_flush(functools.partial(self._flush_ended, ended))
+
+    def _flush_ended(self, ended: Ended, error: Exception | None) -> None:
+        if isinstance(error, FleecerError):
+            self._image.poison(error)
+        ended(error)
 
     async def flush(self) -> None:
         """See `Node.flush`. Commits the metadata; the first failure makes every later write and flush fail."""
