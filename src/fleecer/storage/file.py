@@ -22,18 +22,17 @@ import fcntl
 import functools
 import io
 import os
-import resource
 import stat
 import struct
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from fleecer import spares
 from fleecer.errors import CannotOpen, IoError, UsageError, quoted
 from fleecer.ranges import Buffer, align_down, align_up
 from fleecer.storage import fallocate
 from fleecer.storage.api import Ended, ReadEnded, StorageLimits
+from fleecer.storage.inline import InlineWrites, LongWrites
 from fleecer.storage.lanes import Lane, Result, settle, tell
 from fleecer.storage.locks import lock_image
 from fleecer.storage.paths import identity_of, open_unnamed, sync_directory
@@ -43,6 +42,9 @@ from fleecer.units import KiB, MiB
 
 INLINE_MAX_BYTES = 1 * MiB
 """Longer reads and writes go to the pool: copying them would hold up the event loop."""
+
+LONG_BYTES = 512 * KiB
+"""Longer writes may go to threads beside the event loop, where that pays (`LongWrites`). Shorter ones never do."""
 
 RING_MAX_BYTES = 64 * KiB
 """Longer reads go to threads: the ring copies on the event loop's own, and piece by piece as the disk delivers."""
@@ -65,59 +67,6 @@ _FILE_TYPES = {
 }
 
 
-def _times_put_to_sleep() -> int:
-    """How often this thread gave up the processor to wait for something; being robbed of it does not count."""
-    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
-
-
-class InlineWrites:
-    """Whether the next write may run on the event loop.
-
-    A buffered write is a copy into the page cache, some microseconds, unless the kernel holds the writer back: too many
-    dirty pages, a page that must be read first, a journal that commits. There is no way to ask beforehand, so writes
-    are timed. One that took more than SLOW_S may only have lost the processor to another process, which on a busy
-    machine happens all the time; so the next RECENT_WRITES are looked at more closely, and if one of them is slow too,
-    and was put to sleep by the kernel, the writes of the next PAUSE_MIN_S go to the pool. While trials go on to be slow
-    the pause doubles, up to PAUSE_MAX_S.
-    """
-
-    SLOW_S = 0.002
-    RECENT_WRITES = 8
-    PAUSE_MIN_S = 1.0
-    PAUSE_MAX_S = 16.0
-
-    __slots__ = ("_slept_before", "_times_put_to_sleep", "clock", "pause_s", "quick_to_go", "resume_at_s")
-
-    def __init__(
-        self,
-        clock: Callable[[], float] = time.perf_counter,
-        times_put_to_sleep: Callable[[], int] = _times_put_to_sleep,
-    ) -> None:
-        self.clock = clock
-        self.resume_at_s = clock()
-        self.pause_s = self.PAUSE_MIN_S
-        # Quick writes until the last slow one is forgotten.
-        self.quick_to_go = 0
-        self._times_put_to_sleep = times_put_to_sleep
-        self._slept_before = 0
-
-    def look_closely(self) -> None:
-        """To be called before a write where `quick_to_go` is not 0."""
-        self._slept_before = self._times_put_to_sleep()
-
-    def ended(self, begun_s: float, now_s: float) -> None:
-        """Learns from an inline write that took from `begun_s` to `now_s`, if it was slow or one was a while ago."""
-        if now_s - begun_s > self.SLOW_S:
-            if self.quick_to_go and self._times_put_to_sleep() != self._slept_before:
-                self.resume_at_s = now_s + self.pause_s
-                self.pause_s = min(2 * self.pause_s, self.PAUSE_MAX_S)
-            self.quick_to_go = self.RECENT_WRITES
-        elif self.quick_to_go:
-            self.quick_to_go -= 1
-            if not self.quick_to_go:
-                self.pause_s = self.PAUSE_MIN_S
-
-
 class FileStorage:
     """An open regular file or block device; implements `Storage`. Made by the functions at the end of this module."""
 
@@ -130,6 +79,7 @@ class FileStorage:
         "_inline_read_flags",
         "_inline_writes",
         "_lane",
+        "_long_writes",
         "_modes",
         "_reading",
         "_ring",
@@ -179,6 +129,7 @@ class FileStorage:
         self._disk = _NO_DISK  # until a read may have to wait for one
         self._ring: Ring | None = None  # the running loop's, once there is one and we can use it
         self._inline_writes = InlineWrites()
+        self._long_writes = LongWrites()
         self._reading = 0
         # Syncs are counted apart, so that reads need not queue behind them.
         self._lane = Lane()
@@ -223,7 +174,7 @@ class FileStorage:
         policy = self._inline_writes
         begun_s = policy.clock()
         length = len(data)
-        if begun_s < policy.resume_at_s or length > INLINE_MAX_BYTES:
+        if begun_s < policy.resume_at_s or (length > LONG_BYTES and self._goes_to_a_thread(length)):
             return False
         if policy.quick_to_go:
             policy.look_closely()
@@ -243,6 +194,9 @@ class FileStorage:
         if offset + length > self.size:
             self.size = offset + length
         return True
+
+    def _goes_to_a_thread(self, length: int) -> bool:
+        return length > INLINE_MAX_BYTES or self._long_writes.goes_beside()
 
     # Through the ring or the pool.
 
@@ -302,11 +256,17 @@ class FileStorage:
 
     async def pwrite(self, offset: int, data: Buffer) -> None:
         """See `Storage.pwrite`."""
+        is_long = len(data) > LONG_BYTES
+        if is_long:
+            self._long_writes.begin()
         try:
             await running_pool().submit(self._lane, self._pwrite, offset, data)
         except IoError:
             self._look_at_size()
             raise
+        finally:
+            if is_long:
+                self._long_writes.end()
         self.size = max(self.size, offset + len(data))
 
     async def zero(self, offset: int, length: int, unmap: bool) -> None:

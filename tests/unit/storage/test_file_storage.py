@@ -27,13 +27,13 @@ from fleecer.storage import fallocate
 from fleecer.storage.file import (
     EXTENTS_MAX,
     INLINE_MAX_BYTES,
+    LONG_BYTES,
     FileStorage,
-    InlineWrites,
-    _times_put_to_sleep,
     create_file,
     open_file,
     open_unlinked,
 )
+from fleecer.storage.inline import InlineWrites, LongWrites, _times_put_to_sleep
 from fleecer.storage.pool import running_pool
 from fleecer.storage.syncs import SWITCH_VARIABLE
 
@@ -531,9 +531,76 @@ def test_the_pause_doubles_while_trials_stay_slow_and_starts_anew_after_quick_on
     assert timed(policy, clock, 0.01) == pytest.approx(1)
 
 
-async def test_long_writes_go_to_the_pool(storage: FileStorage) -> None:
+async def test_the_longest_writes_go_to_the_pool(storage: FileStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LongWrites, "goes_beside", lambda _: False)
     assert storage.try_pwrite(0, bytes(INLINE_MAX_BYTES))
     assert not storage.try_pwrite(0, bytes(INLINE_MAX_BYTES + 1))
+
+
+class Policy(LongWrites):
+    """What is decided about writes that come one by one."""
+
+    def alone(self) -> bool:
+        """One comes, and ends before anything else. Whether it goes to a thread; it is asked for twice on its way."""
+        if not self.goes_beside():
+            return False
+        assert self.goes_beside()
+        self.begin()
+        self.end()
+        return True
+
+
+def test_long_writes_one_by_one_seldom_go_to_a_thread() -> None:
+    policy = Policy()
+    outcomes = "".join("t" if policy.alone() else "." for _ in range(300))
+    assert [len(run) for run in outcomes.split("t")[1:9]] == [1, 2, 4, 8, 16, 32, 64, 64]
+
+
+def test_while_long_writes_overlap_they_go_to_threads_and_the_first_thereafter_too() -> None:
+    policy = Policy()
+    for _ in range(20):
+        policy.alone()
+    while not policy.goes_beside():
+        pass
+    policy.begin()
+    for _ in range(10):
+        assert policy.goes_beside(), "another is in a thread"
+        policy.begin()
+        policy.end()
+    policy.end()
+    assert policy.alone()
+    assert [policy.alone() for _ in range(3)] == [False, True, False]
+
+
+async def test_long_writes_that_overlap_are_written_beside_the_loop(
+    storage: FileStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: list[int] = []
+    entered, go_on = threading.Event(), threading.Event()
+    real = os.pwrite
+
+    def pwrite(fd: int, data: bytes, offset: int) -> int:
+        threads.append(threading.get_ident())
+        entered.set()
+        assert threading.current_thread() is threading.main_thread() or go_on.wait(60)
+        return real(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", pwrite)
+    length = LONG_BYTES + 1
+    assert storage.try_pwrite(0, bytes(LONG_BYTES)), "not so long"
+    assert not storage.try_pwrite(0, b"1" * length)
+    assert not storage.try_pwrite(0, b"1" * length), "it is on its way to a thread, whoever tries it"
+    first = asyncio.create_task(storage.pwrite(0, b"1" * length))
+    await asyncio.sleep(0)
+    assert not storage.try_pwrite(length, b"2" * length), "the first has not ended"
+    second = asyncio.create_task(storage.pwrite(length, b"2" * length))
+    while len(threads) < 3:
+        await asyncio.sleep(0)
+    go_on.set()
+    await asyncio.gather(first, second)
+    assert len({*threads}) == 3
+    assert await storage.pread(0, 2 * length) == b"1" * length + b"2" * length
+    assert not storage._long_writes._beside
 
 
 async def test_syncs_do_not_take_the_places_of_reads(storage: FileStorage, monkeypatch: pytest.MonkeyPatch) -> None:
