@@ -17,7 +17,8 @@ import os
 import time
 from typing import NamedTuple
 
-from tests.soak.stamps import Layout
+from fleecer.ranges import Buffer
+from tests.soak.stamps import SECTOR, Layout
 
 WRITE, ZERO, TRIM = range(3)
 IN_FLIGHT = 0
@@ -87,8 +88,9 @@ class Ledger:
 
     # A writer's side.
 
-    def begin(self, writer: int, number: int, kind: int, disk: int, first: int, end: int) -> None:
-        """Enters an operation that is about to be sent."""
+    def begin(self, writer: int, number: int, kind: int, disk: int, first: int, end: int) -> array.array[int]:
+        """Enters an operation that is about to be sent. Returns what zeroed its sectors before, for `settle_trim`."""
+        zeroed_before = array.array("Q", self.zeroed[disk][first:end])
         self.submitted[disk][first:end] = array.array("Q", [number * 2 + (kind != WRITE)]) * (end - first)
         if kind != WRITE:
             self.zeroed[disk][first:end] = array.array("Q", [number]) * (end - first)
@@ -96,6 +98,7 @@ class Ledger:
         entry = (number, time.monotonic_ns(), IN_FLIGHT, disk, first, end << 8 | kind)
         self._rings[writer][at : at + _FIELDS] = array.array("Q", entry)
         self.set_stat(writer, "newest", number)
+        return zeroed_before
 
     def acknowledge(self, writer: int, number: int, acknowledged_ns: int) -> int:
         """Notes when an operation was acknowledged, or ABANDONED. Returns how many nanoseconds it took."""
@@ -109,6 +112,19 @@ class Ledger:
     def settle(self, disk: int, first: int, end: int, state: int) -> None:
         """Enters what sectors hold from now on, until something else is submitted."""
         self.acked[disk][first:end] = array.array("Q", [state]) * (end - first)
+
+    def settle_trim(self, disk: int, first: int, number: int, zeroed_before: array.array[int], content: Buffer) -> None:
+        """Enters what a discard left: each sector went to zero or stayed as it was, and what it did is then fixed.
+
+        One that stayed may still go back to the zeroes of before, by losing what no flush has covered since.
+        """
+        zero = bytes(SECTOR)
+        for index, was in enumerate(zeroed_before):
+            sector = first + index
+            if content[index * SECTOR : (index + 1) * SECTOR] == zero:
+                self.settle(disk, sector, sector + 1, number * 2 + 1)
+            else:
+                self.zeroed[disk][sector] = was
 
     def stat(self, writer: int, name: str) -> int:
         """One of the writer's counters, `STATS`."""

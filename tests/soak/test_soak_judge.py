@@ -52,6 +52,25 @@ def scene(tmp_path: Path) -> Scene:
     return Scene(tmp_path)
 
 
+def test_what_a_discard_left_alone_may_still_lose_a_write_and_show_the_zeroes_before_it(scene: Scene) -> None:
+    durable = scene.write(0, OWN, OWN + 2)
+    zeroed = scene.write(0, OWN, OWN + 2, kind=ZERO)
+    written = scene.write(0, OWN, OWN + 2)
+    content = bytes(scene.disks[0][OWN * SECTOR : (OWN + 2) * SECTOR])
+    before = scene.ledger.begin(0, written + 1, TRIM, 0, OWN, OWN + 2)
+    assert list(before) == [zeroed, zeroed]
+    scene.ledger.settle_trim(0, OWN, written + 1, before, content[:SECTOR] + bytes(SECTOR))
+    assert list(scene.ledger.zeroed[0][OWN : OWN + 2]) == [zeroed, written + 1]
+    assert list(scene.ledger.acked[0][OWN : OWN + 2]) == [written * 2, written * 2 + 3]
+    after = scene.ledger.after(scene.ledger.before())
+    low = [array.array("Q", view) for view in scene.ledger.acked]
+    low[0][OWN] = low[0][OWN + 1] = durable * 2  # as a power cut may leave them
+    scene.put(0, OWN, bytes(SECTOR))
+    scene.put(0, OWN + 1, bytes(SECTOR))
+    assert not scene.judge(limits=Limits(low, after.submitted, after.zeroed)).wrong
+    assert scene.judge().wrong, "nothing was cut: only the other one is zero"
+
+
 def test_every_sector_has_one_owner() -> None:
     for disk, size in enumerate(LAYOUT.sectors):
         owned = [

@@ -12,6 +12,7 @@ under way: its sectors are left alone until the next "go".
 from __future__ import annotations
 
 import argparse
+import array
 import asyncio
 import json
 import random
@@ -133,9 +134,12 @@ class Writer:
         number = self._operation
         self._busy[disk][first:end] = b"\1" * (end - first)
         data = self._data(disk, number, first, end) if kind == WRITE else b""
-        self._ledger.begin(self._number, number, kind, disk, first, end)
+        zeroed_before = self._ledger.begin(self._number, number, kind, disk, first, end)
         try:
-            await self._send(client, kind, disk, number, first, end, data)
+            if kind == TRIM:
+                await self._trim(client, disk, number, first, zeroed_before)
+            else:
+                await self._send(client, kind, disk, number, first, end, data)
         except BaseException:
             self._ledger.acknowledge(self._number, number, ABANDONED)
             raise
@@ -147,13 +151,10 @@ class Writer:
             self._ledger.set_stat(self._number, "longest_ns", took_ns)
 
     async def _send(self, client: Guest, kind: int, disk: int, number: int, first: int, end: int, data: bytes) -> None:
-        """Does one operation and settles what its sectors hold."""
+        """Writes data or zeroes, and settles what its sectors hold."""
         ledger = self._ledger
         offset, length = first * SECTOR, (end - first) * SECTOR
-        if kind == TRIM:
-            await client.trim(offset, length)
-            self._settle_trim(disk, number, first, await client.pread(offset, length))
-        elif kind == ZERO:
+        if kind == ZERO:
             await client.zero(offset, length, unmap=self._random.random() < 0.5)
             ledger.settle(disk, first, end, number * 2 + 1)
         elif self._random.random() < 0.03:
@@ -165,15 +166,10 @@ class Writer:
             await client.pwrite(offset, data)
             ledger.settle(disk, first, end, number * 2)
 
-    def _settle_trim(self, disk: int, number: int, first: int, content: Buffer) -> None:
-        """Each sector of a discarded range either went to zero or stayed as it was: what it did is then fixed."""
-        zero = bytes(SECTOR)
-        for at in range(0, len(content), SECTOR):
-            sector = first + at // SECTOR
-            if content[at : at + SECTOR] == zero:
-                self._ledger.settle(disk, sector, sector + 1, number * 2 + 1)
-            else:
-                self._ledger.zeroed[disk][sector] = 0
+    async def _trim(self, client: Guest, disk: int, number: int, first: int, zeroed_before: array.array[int]) -> None:
+        offset, length = first * SECTOR, len(zeroed_before) * SECTOR
+        await client.trim(offset, length)
+        self._ledger.settle_trim(disk, first, number, zeroed_before, await client.pread(offset, length))
 
     async def _flush(self, disk: int) -> None:
         """A flush covers what was acknowledged before it, on every connection, whoever wrote it."""
