@@ -89,7 +89,16 @@ def _guests(place: Place) -> Iterator[Cell]:
                     (measure, Measure("p99", "us", "lower")),
                     "requests" if headline else None,
                 )
+        if kind != "overlay":
+            yield from _flushing(kind, place)
         yield from _sequential(kind, place)
+
+
+def _flushing(kind: Format, place: Place) -> Iterator[Cell]:
+    for depth in (1, 16):
+        work = Guest(kind, "randwrite", 4096, depth, flushes=True)
+        measure = _requests("requests", "cpu", {"qsd": 1.0})
+        yield Cell(f"randwrite-and-flush-4k-depth-{depth}/{kind}/{place}", place, work, _everyone(kind), (measure,))
 
 
 def _sequential(kind: Format, place: Place) -> Iterator[Cell]:

@@ -85,6 +85,7 @@ class Guest:
     depth: int
     connections: int = 1
     cold: bool = False
+    flushes: bool = False  # after each write, as a database does
 
     def run(self, stand: Stand, subject: Subject) -> Figures:
         writes = self.access in ("write", "randwrite")
@@ -113,6 +114,8 @@ class Guest:
         run_ms = round(stand.settings.run_s * 1000)
         options = [f"--rw={self.access}", f"--bs={self.block}", f"--iodepth={self.depth}", f"--size={disk.size}"]
         options += [f"--numjobs={self.connections}", *server.fio_target()]
+        if self.flushes:
+            options.append("--fsync=1")
         if self.format == "overlay" and self.access in ("write", "randwrite"):
             share = stand.settings.touches * 4096 if self.block == 4096 else disk.size // 2
             return [*options, f"--io_size={share // self.connections // self.block * self.block}"]
