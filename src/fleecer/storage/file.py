@@ -87,6 +87,7 @@ class FileStorage:
         "_skips",
         "_skips_next",
         "_sync_lane",
+        "_syncing",
         "_unsynced_directory",
         "identity",
         "is_block_device",
@@ -134,6 +135,7 @@ class FileStorage:
         # Syncs are counted apart, so that reads need not queue behind them.
         self._lane = Lane()
         self._sync_lane = Lane(1)
+        self._syncing = 0  # by the kernel's workers
 
     def __repr__(self) -> str:
         return f"FileStorage({quoted(self.name)})"
@@ -292,11 +294,11 @@ class FileStorage:
         syncs = running_pool().syncs() if self._unsynced_directory is None else None
         if syncs is None or not syncs.begin(self._fd, functools.partial(self._sync_ended, ended)):
             return False
-        self._sync_lane.running += 1
+        self._syncing += 1
         return True
 
     def _sync_ended(self, ended: Ended, result: int) -> None:
-        self._sync_lane.running -= 1
+        self._syncing -= 1
         ended(self._failed(OSError(-result, os.strerror(-result)), "flush", 0, 0) if result else None)
 
     async def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
@@ -316,7 +318,7 @@ class FileStorage:
         """See `Storage.close`."""
         if self._fd == _CLOSED:
             return
-        running = self._reading + self._lane.running + self._sync_lane.running
+        running = self._reading + self._lane.running + self._sync_lane.running + self._syncing
         assert not running, f"{self!r} was closed with work in flight"
         self._fd = _CLOSED
         try:

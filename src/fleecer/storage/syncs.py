@@ -16,8 +16,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import errno
 import os
 import platform
+import sys
 import weakref
 from collections.abc import Callable
 
@@ -133,11 +135,17 @@ class Syncs:
             self._get_events, self._context, ctypes.c_long(0), ctypes.c_long(SYNCS_MAX), self._events, None
         )
         if count < 0:
+            if ctypes.get_errno() == errno.EINTR:  # there was nothing to tell, and a signal
+                return
             raise OSError(ctypes.get_errno(), "the kernel does not tell which syncs are done")
         for number, result in [(event.data, event.result) for event in self._events[:count]]:
             if self._polling is not None:
                 self._polling.resume()
-            self._ended.pop(number)(result)
+            try:
+                self._ended.pop(number)(result)
+            except Exception as error:  # noqa: BLE001 - a bug in one must not cost the others their end
+                context = {"message": "the end of a sync was not taken well", "exception": error}
+                asyncio.get_running_loop().call_exception_handler(context)
         if count and self._polling is not None:
             self._polling.arrived()
         if not self._ended:
@@ -147,7 +155,7 @@ class Syncs:
 def open_syncs() -> Syncs | None:
     """A queue for the running event loop; None where none is wanted, or none can be had."""
     calls = _CALLS.get(platform.machine())
-    if calls is None or os.environ.get(SWITCH_VARIABLE) == "off":
+    if calls is None or sys.maxsize < 1 << 32 or os.environ.get(SWITCH_VARIABLE) == "off":
         return None
     try:
         fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -157,7 +165,10 @@ def open_syncs() -> Syncs | None:
     if _syscall(ctypes.c_long(calls[0]), ctypes.c_long(SYNCS_MAX), ctypes.byref(context)):
         os.close(fd)
         return None
-    return Syncs(calls, context.value, fd)
+    try:
+        return Syncs(calls, context.value, fd)
+    except OSError:  # the loop cannot watch the descriptor; what was made of it is given back as it goes
+        return None
 
 
 def _give_back(destroy: ctypes.c_long, context: ctypes.c_ulong, fd: int) -> None:

@@ -232,6 +232,32 @@ async def test_there_is_none_where_no_descriptor_is_left(kernel: StandIn, monkey
     assert open_syncs() is None
 
 
+async def test_there_is_none_where_the_loop_cannot_watch_it(kernel: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "add_reader", refuses)
+    assert open_syncs() is None
+    gc.collect()
+    assert kernel.gone
+
+
+async def test_who_takes_the_end_badly_costs_nobody_else_theirs(syncs: Syncs, kernel: StandIn, file: int) -> None:
+    reported: list[dict[str, Any]] = []
+    asyncio.get_running_loop().set_exception_handler(lambda _, context: reported.append(context))
+
+    def raises(_: int) -> None:
+        raise ZeroDivisionError
+
+    told: list[int] = []
+    assert syncs.begin(file, raises)
+    assert syncs.begin(file, told.append)
+    kernel.complete(2)
+    await syncs.idle()
+    assert told == [0]
+    assert [type(context["exception"]) for context in reported] == [ZeroDivisionError]
+
+
 def test_a_loop_that_goes_without_closing_gives_back_what_it_had(kernel: StandIn) -> None:
     async def main() -> int:
         syncs = open_syncs()
@@ -285,6 +311,19 @@ async def test_a_thread_syncs_what_the_kernel_does_not_take(
     assert not storage.begin_sync(lambda _: None)
     await storage.sync()
     assert synced == [storage._fd]
+
+
+async def test_a_thread_syncs_beside_the_kernel(pool: Pool, kernel: StandIn, storage: FileStorage) -> None:
+    told: list[Exception | None] = []
+    assert storage.begin_sync(told.append)
+    kernel.refuses.add(SUBMIT)
+    async with asyncio.timeout(60):
+        await storage.sync()
+    with pytest.raises(AssertionError, match="work in flight"):
+        await storage.close()
+    kernel.complete()
+    await turns()
+    assert told == [None]
 
 
 async def test_a_new_file_is_synced_by_a_thread_which_syncs_its_name_too(

@@ -190,7 +190,12 @@ class FileNode(Node):
     def _begin_sync(self) -> None:
         self._is_syncing = True
         covered = self._changes
-        if not self.storage.begin_sync(functools.partial(self._sync_ended, covered)):
+        try:
+            begun = self.storage.begin_sync(functools.partial(self._sync_ended, covered))
+        except Exception as error:  # noqa: BLE001 - it belongs to those who wait
+            self._sync_ended(covered, error)
+            return
+        if not begun:
             eager.start(self._sync(covered))
 
     async def _sync(self, covered: int) -> None:

@@ -17,7 +17,7 @@ from fleecer.block.node import HOLE, ZERO, Extent, Node, Problem
 from fleecer.block.nodes.file import FileNode
 from fleecer.errors import IoError, UsageError
 from fleecer.ranges import Buffer, is_zero
-from fleecer.storage.api import StorageLimits
+from fleecer.storage.api import Ended, StorageLimits
 from fleecer.storage.file import FileStorage, create_file
 from fleecer.storage.pool import running_pool
 from fleecer.testing.memory import PAGE_BYTES, FaultyStorage, MemoryNode, MemoryStorage, random_turns
@@ -396,6 +396,23 @@ async def test_a_flush_that_was_begun_and_fails_is_as_final_as_any() -> None:
     assert not node.begin_flush(told.append)
     with pytest.raises(IoError, match="what was written may be lost"):
         await node.flush()
+
+
+async def test_a_sync_that_cannot_even_begin_is_told_and_tried_anew() -> None:
+    class Unable(MemoryStorage):
+        def begin_sync(self, ended: Ended) -> bool:
+            if self.sync_count:
+                return False
+            self.sync_count = 1
+            raise OSError(errno.EMFILE, "Too many open files")
+
+    node = FileNode("disk0", Unable(8192))
+    edge = Edge(node, "the test", "disk", writable=True)
+    told: list[Exception | None] = []
+    assert edge.begin_flush(told.append)
+    assert [type(error) for error in told] == [OSError]
+    assert edge.busy == 0
+    await edge.flush()
 
 
 async def test_a_sync_that_ends_in_a_bug_is_told_and_tried_anew() -> None:
