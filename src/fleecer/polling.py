@@ -22,6 +22,8 @@ import time
 import weakref
 from collections.abc import Callable
 
+from fleecer.trials import Trials
+
 POLL_S = 50e-6
 """About what waking up takes at worst, so that staying awake costs at most as much as it can save."""
 
@@ -37,7 +39,7 @@ SWITCH_VARIABLE = "FLEECER_POLL"
 class Polling:
     """Keeps one event loop awake after arrivals. `clock` counts seconds."""
 
-    __slots__ = ("_arrivals", "_clock", "_is_awake", "_loop", "_skips", "_skips_next", "_suspended", "_until_s")
+    __slots__ = ("_arrivals", "_clock", "_is_awake", "_loop", "_suspended", "_trials", "_until_s")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, clock: Callable[[], float] = time.perf_counter) -> None:
         # The loop keeps this one, not the other way round, so that it can go away.
@@ -46,8 +48,7 @@ class Polling:
         self._is_awake = False
         self._until_s = 0.0
         self._arrivals = 0  # in this spell
-        self._skips = 0  # arrivals to let pass
-        self._skips_next = 1
+        self._trials = Trials(SKIPS_MAX)
         self._suspended = 0  # how many need us asleep
 
     def arrived(self) -> None:
@@ -56,8 +57,7 @@ class Polling:
             return
         if self._is_awake:
             self._arrivals += 1
-        elif self._skips:
-            self._skips -= 1
+        elif not self._trials.is_due():
             return
         else:
             self._is_awake = True
@@ -90,10 +90,9 @@ class Polling:
             return
         self._is_awake = False
         if self._arrivals:
-            self._skips_next = 1
+            self._trials.paid()
         else:
-            self._skips = self._skips_next
-            self._skips_next = min(2 * self._skips_next, SKIPS_MAX)
+            self._trials.in_vain()
 
 
 _pollings: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Polling] = weakref.WeakKeyDictionary()

@@ -27,16 +27,10 @@ MUTANTS = [
         "joins-the-sync-that-runs",
         _FILE,
         """
-            if error is None and flush[0] > covered:
-                self._flushes.append(flush)
-        if self._flushes:
-            self._begin_sync()
-        for wanted, ended in waiting:
-            if error is not None or wanted <= covered:
-                ended(error)
+        heard = [ended for wanted, ended in self._flushes if wanted <= covered]
 """,
         """
-            flush[1](error)
+        heard = [ended for wanted, ended in self._flushes]
 """,
         "a flush that comes while one runs shares the next one",
     ),
@@ -44,12 +38,12 @@ MUTANTS = [
         "failed-sync-forgotten",
         _FILE,
         """
-            self._poison = error
-            error = self._poisoned(error)
-            self.give_up(Problem(told(error)))
+                self._poison = error
+                error = self._poisoned(error)
+                self.give_up(Problem(told(error)))
 """,
         """
-            error = self._poisoned(error)
+                error = self._poisoned(error)
 """,
         "the first failed flush is final",
     ),
@@ -591,9 +585,9 @@ MUTANTS = [
     ),
     Mutant(
         "cancelled-flush-takes-the-sync-along",
-        _FILE,
+        "storage/lanes.py",
         """
-    if done.done():  # whoever waited was cancelled
+    if result.done():
         return
     if error is None:
 """,
@@ -605,15 +599,15 @@ MUTANTS = [
     ),
     Mutant(
         "begun-flush-commits-no-tables",
-        _NODE,
+        _COMMIT,
         """
-        if self.read_only or commits.running or commits.dirty or self._image.failure is not None:
+        if self._running or self.dirty or self._image.failure is not None:
             return False
-        return self._file.begin_flush""",
+""",
         """
-        if self.read_only or commits.running or self._image.failure is not None:
+        if self._running or self._image.failure is not None:
             return False
-        return self._file.begin_flush""",
+""",
         "a flush makes the tables durable by which what was written is found",
         tests=(
             "tests/unit/block/test_at_once.py::test_a_flush_of_an_image_is_begun_only_where_no_table_is_to_be_committed",
@@ -621,7 +615,7 @@ MUTANTS = [
     ),
     Mutant(
         "begun-flush-fails-once-only",
-        _NODE,
+        _COMMIT,
         """
         if isinstance(error, FleecerError):
             self._image.poison(error)

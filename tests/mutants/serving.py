@@ -78,8 +78,9 @@ MUTANTS = [
         "answers-lost-when-late",
         _CONNECTION,
         """
-        self._send_due = True
-        asyncio.get_running_loop().call_soon(self._send_and_go_on)
+        if not self._send_due:
+            self._send_due = True
+            asyncio.get_running_loop().call_soon(self._send_and_go_on)
 """,
         """
         self._settle()
@@ -102,10 +103,14 @@ MUTANTS = [
         "flushes-begun-while-refusing",
         _CONNECTION,
         """
-        if request.error or self._refusing or export is None:
+        if request.error or self._refusing:
+            return False
+        export = self.export
 """,
         """
-        if request.error or export is None:
+        if request.error:
+            return False
+        export = self.export
 """,
         "a connection that is going begins nothing new",
         tests=(

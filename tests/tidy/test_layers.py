@@ -16,6 +16,7 @@ LAYERS = {
     "units": 0.1,
     "ranges": 0.2,
     "eager": 0.2,
+    "trials": 0.1,
     "waiters": 0.2,
     "polling": 0.2,
     "spares": 0.3,

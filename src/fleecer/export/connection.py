@@ -27,6 +27,7 @@ from fleecer.errors import FleecerError, IoError, LocalProtocolError, told
 from fleecer.export.export import Export
 from fleecer.net.stream import Stream
 from fleecer.ranges import Buffer, ReadAtOnce, WriteAtOnce, is_zero
+from fleecer.trials import Trials
 from fleecer.units import KiB, MiB
 from fleecer.waiters import Waiters
 from fleecer.wire.nbd import AtOnce, Request, ServerCodec
@@ -64,8 +65,7 @@ class Connection:
         self._codec = ServerCodec(server.catalogue(self))
         self._waiting: collections.deque[Request] = collections.deque()  # parsed, not started
         self._at_once = AtOnce()
-        self._skips = 0  # how often nothing is to be done at once before it is parsed
-        self._skips_next = 1
+        self._trials = Trials(SKIPS_MAX)  # of doing at once what is not parsed yet
         self._in_flight = 0  # started, and not ended at once
         self._in_flight_bytes = 0
         self._ready_bytes = 0  # what the replies in the codec's `outgoing` took
@@ -105,10 +105,9 @@ class Connection:
                 requests = self._codec.received(0, at_once)
         tried = at_once is not None and at_once.tried
         if done:
-            self._skips_next = 1
+            self._trials.paid()
         elif tried:
-            self._skips = self._skips_next
-            self._skips_next = min(2 * self._skips_next, SKIPS_MAX)
+            self._trials.in_vain()
         if self._waiting:
             self._waiting.extend(requests)
         elif requests or done:
@@ -144,8 +143,7 @@ class Connection:
             return None
         if self._waiting or self._refusing or self._holds_enough():
             return None
-        if self._skips:
-            self._skips -= 1
+        if not self._trials.is_due():
             return None
         at_once = self._at_once
         at_once.tried = False
@@ -264,14 +262,14 @@ class Connection:
             self._reply_read(request, data)
         except Exception as failure:  # noqa: BLE001 - whatever it is, the client is answered
             self._fail(request, failure)
-        if not self._send_due:
-            self._send_soon()
+        self._send_soon()
 
     def _begin_flush(self, request: Request) -> bool:
         """As `_begin_read`, for a flush that has to wait for a file to be synced and for nothing else."""
-        export = self.export
-        if request.error or self._refusing or export is None:
+        if request.error or self._refusing:
             return False
+        export = self.export
+        assert export is not None, "requests come only after an export was entered"
         self._in_flight += 1
         begun = export.edge.begin_flush(functools.partial(self._flush_ended, request))
         self._in_flight -= not begun
@@ -283,8 +281,7 @@ class Connection:
             self._codec.reply_done(request)
         else:
             self._fail(request, error)
-        if not self._send_due:
-            self._send_soon()
+        self._send_soon()
 
     def _run_parts(self, request: Request, export: Export) -> None:
         """Runs a long read in parts. Those for which there is no room now are left for later."""
@@ -339,13 +336,13 @@ class Connection:
             self._refuse(request, errno.EIO, "the request was given up")
         elif (error := task.exception()) is not None:
             self._report(error)
-        if not self._send_due:
-            self._send_soon()
+        self._send_soon()
 
     def _send_soon(self) -> None:
         """All that end in this turn of the loop leave in one send."""
-        self._send_due = True
-        asyncio.get_running_loop().call_soon(self._send_and_go_on)
+        if not self._send_due:
+            self._send_due = True
+            asyncio.get_running_loop().call_soon(self._send_and_go_on)
 
     def _send_and_go_on(self) -> None:
         self._send_due = False

@@ -1,7 +1,7 @@
 """Regular files and block devices, through the page cache.
 
 Reads of cached pages and quick writes happen on the event loop; whatever would block goes to the pool (pool.py), or,
-where that can be done, reads to the kernel's ring (ring.py).
+where that can be done, reads to the kernel's ring (ring.py) and syncs to its workers (syncs.py).
 
 Invariants:
 - Only regular files and block devices are opened; anything else is refused before it is touched.
@@ -283,8 +283,8 @@ class FileStorage:
 
     async def sync(self) -> None:
         """See `Storage.sync`."""
-        done: Result[Buffer] = Result(loop=asyncio.get_running_loop())
-        if self.begin_sync(functools.partial(settle, done, b"")):
+        done = Result[None](loop=asyncio.get_running_loop())
+        if self.begin_sync(functools.partial(settle, done, None)):
             await done
         else:
             await running_pool().submit(self._sync_lane, self._sync)

@@ -11,6 +11,8 @@ import resource
 import time
 from collections.abc import Callable
 
+from fleecer.trials import Trials
+
 
 def _times_put_to_sleep() -> int:
     """How often this thread gave up the processor to wait for something; being robbed of it does not count."""
@@ -77,26 +79,23 @@ class LongWrites:
 
     SKIPS_MAX = 64
 
-    __slots__ = ("_beside", "_is_due", "_skips", "_skips_next")
+    __slots__ = ("_beside", "_is_due", "_trials")
 
     def __init__(self) -> None:
         self._beside = 0
         self._is_due = False  # the next one goes there, however often it is tried on its way
-        self._skips = 0
-        self._skips_next = 1
+        self._trials = Trials(self.SKIPS_MAX)
 
     def goes_beside(self) -> bool:
         """Whether the one that is to be written now had better not be written by the loop."""
         if self._is_due:
             return True
         if self._beside:
-            self._skips, self._skips_next = 0, 1
-        elif self._skips:
-            self._skips -= 1
-            return False
+            self._trials.paid()
+        elif self._trials.is_due():
+            self._trials.in_vain()  # until another comes while it is there
         else:
-            self._skips = self._skips_next
-            self._skips_next = min(2 * self._skips_next, self.SKIPS_MAX)
+            return False
         self._is_due = True
         return True
 

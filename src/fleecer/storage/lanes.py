@@ -1,10 +1,11 @@
-"""What the pool's threads and the ring share: how much of them one customer gets, results that nobody cancels,
-and how the end of a read is handed on."""
+"""What the pool's threads, the ring and the syncs share: how much of them one customer gets, results that nobody
+cancels, and how the end of something is handed on."""
 
 from __future__ import annotations
 
 import asyncio
 import collections
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 from fleecer.ranges import Buffer
@@ -15,10 +16,15 @@ LANE_LIMIT = 8
 T = TypeVar("T")
 
 
-def settle(result: asyncio.Future[Buffer], data: Buffer, error: Exception | None) -> None:
-    """A `ReadEnded` for whoever waits: completes `result`, the first argument bound before."""
+def settle(result: asyncio.Future[T], value: T, error: Exception | None) -> None:
+    """A `ReadEnded` for whoever waits: completes `result`, the first argument bound before; with None an `Ended`.
+
+    Nobody is told where whoever waited was cancelled, and took `result` along.
+    """
+    if result.done():
+        return
     if error is None:
-        result.set_result(data)
+        result.set_result(value)
     else:
         result.set_exception(error)
 
@@ -30,6 +36,15 @@ def tell(ended: ReadEnded, read: asyncio.Future[Buffer]) -> None:
         ended(b"", error)
     else:
         ended(read.result(), None)
+
+
+def hand_on(ended: Callable[[int], None], result: int) -> None:
+    """Tells `ended` what the kernel said: a bug there must not cost the others that hear theirs now their end."""
+    try:
+        ended(result)
+    except Exception as error:  # noqa: BLE001 - see above
+        context = {"message": "the end of a request to the kernel was not taken well", "exception": error}
+        asyncio.get_running_loop().call_exception_handler(context)
 
 
 class Result(asyncio.Future[T]):

@@ -22,7 +22,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fleecer.polling import polling_of
-from fleecer.storage.lanes import Lane
+from fleecer.storage.lanes import Lane, hand_on
 from fleecer.waiters import Waiters
 
 if TYPE_CHECKING:
@@ -146,11 +146,7 @@ class Ring:
             ended, lane = read[:2]
             lane.running -= 1
             self._running -= 1
-            try:
-                ended(completion.res)
-            except Exception as error:  # noqa: BLE001 - a bug in one must not cost the others their end
-                context = {"message": "the end of a read was not taken well", "exception": error}
-                asyncio.get_running_loop().call_exception_handler(context)
+            hand_on(ended, completion.res)
             while lane.waiting and lane.running < lane.limit:
                 self._begin(lane.waiting.popleft())
         if not self._running:

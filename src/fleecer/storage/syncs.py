@@ -24,6 +24,7 @@ import weakref
 from collections.abc import Callable
 
 from fleecer.polling import polling_of
+from fleecer.storage.lanes import hand_on
 from fleecer.waiters import Waiters
 
 SWITCH_VARIABLE = "FLEECER_AIO"
@@ -141,11 +142,7 @@ class Syncs:
         for number, result in [(event.data, event.result) for event in self._events[:count]]:
             if self._polling is not None:
                 self._polling.resume()
-            try:
-                self._ended.pop(number)(result)
-            except Exception as error:  # noqa: BLE001 - a bug in one must not cost the others their end
-                context = {"message": "the end of a sync was not taken well", "exception": error}
-                asyncio.get_running_loop().call_exception_handler(context)
+            hand_on(self._ended.pop(number), result)
         if count and self._polling is not None:
             self._polling.arrived()
         if not self._ended:

@@ -25,6 +25,7 @@ from fleecer.block.node import HOLE, ZERO, Extent, Limits, Node, Problem, merge_
 from fleecer.errors import IoError, UsageError, quoted, told
 from fleecer.ranges import Buffer, ReadAtOnce, WriteAtOnce
 from fleecer.storage.api import Ended, ReadEnded, Storage
+from fleecer.storage.lanes import settle
 
 
 class FileNode(Node):
@@ -171,7 +172,7 @@ class FileNode(Node):
         if self._synced < self._changes:
             # Who is cancelled takes neither the sync nor its outcome along.
             done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-            self._await_sync(functools.partial(_settle, done))
+            self._await_sync(functools.partial(settle, done, None))
             await done
 
     def begin_flush(self, ended: Ended) -> bool:
@@ -213,19 +214,18 @@ class FileNode(Node):
         self._is_syncing = False
         if error is None:
             self._synced = covered
-        elif isinstance(error, IoError):
-            self._poison = error
-            error = self._poisoned(error)
-            self.give_up(Problem(told(error)))
-        waiting, self._flushes = self._flushes, []
-        for flush in waiting:
-            if error is None and flush[0] > covered:
-                self._flushes.append(flush)
+        else:
+            covered = self._changes  # whoever waits hears of it
+            if isinstance(error, IoError):
+                self._poison = error
+                error = self._poisoned(error)
+                self.give_up(Problem(told(error)))
+        heard = [ended for wanted, ended in self._flushes if wanted <= covered]
+        del self._flushes[: len(heard)]  # later ones never want less
         if self._flushes:
             self._begin_sync()
-        for wanted, ended in waiting:
-            if error is not None or wanted <= covered:
-                ended(error)
+        for ended in heard:
+            ended(error)
 
     async def block_status(self, offset: int, length: int) -> list[Extent]:
         """See `Node.block_status`."""
@@ -263,12 +263,3 @@ class FileNode(Node):
         error = IoError(cause.errno, self.name, "flush", detail=detail)
         error.__cause__ = cause
         return error
-
-
-def _settle(done: asyncio.Future[None], error: Exception | None) -> None:
-    if done.done():  # whoever waited was cancelled
-        return
-    if error is None:
-        done.set_result(None)
-    else:
-        done.set_exception(error)

@@ -243,9 +243,9 @@ class World:
     async def flush(self) -> None:
         """Flushes; some as a connection does it, which begins them without a coroutine where that can be."""
         covered = self.history.begin_flush()
-        outcome = Result[Buffer](loop=asyncio.get_running_loop())
+        outcome = Result[None](loop=asyncio.get_running_loop())
         try:
-            if len(covered) % 2 and self.side.begin_flush(functools.partial(settle, outcome, b"")):
+            if len(covered) % 2 and self.side.begin_flush(functools.partial(settle, outcome, None)):
                 await outcome
             else:
                 await self.side.flush()

@@ -13,6 +13,7 @@ poisons the image.
 
 from __future__ import annotations
 
+import functools
 from array import array
 from collections.abc import Iterable
 from errno import EIO
@@ -24,6 +25,7 @@ from fleecer.block.nodes.qcow2.image import Image
 from fleecer.block.nodes.qcow2.metadata import Slice, SliceCache
 from fleecer.errors import FleecerError, IoError, told
 from fleecer.formats.qcow2.tables import encode_table
+from fleecer.storage.api import Ended
 from fleecer.units import MiB
 from fleecer.waiters import Waiters
 
@@ -97,6 +99,17 @@ class Committer:
                 eager.start(self._run())
             if self._running:
                 await self._waiting.wait()
+
+    def begin_flush(self, ended: Ended) -> bool:
+        """See `Node.begin_flush`: where there is nothing to commit."""
+        if self._running or self.dirty or self._image.failure is not None:
+            return False
+        return self._image.file.begin_flush(functools.partial(self._flush_ended, ended))
+
+    def _flush_ended(self, ended: Ended, error: Exception | None) -> None:
+        if isinstance(error, FleecerError):
+            self._image.poison(error)
+        ended(error)
 
     async def _run(self) -> None:
         """One commit. A failure is left in the image, for all who wait."""

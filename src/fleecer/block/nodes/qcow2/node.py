@@ -27,7 +27,7 @@ from fleecer.block.nodes.qcow2.image import Image
 from fleecer.block.nodes.qcow2.metadata import SingleFlight, Slice
 from fleecer.block.nodes.qcow2.reading import Reader
 from fleecer.block.nodes.qcow2.writing import Writer
-from fleecer.errors import CorruptImage, FleecerError
+from fleecer.errors import CorruptImage
 from fleecer.formats.qcow2.header import COMPRESSION_ZSTD, LAZY_REFCOUNTS
 from fleecer.formats.qcow2.tables import COPIED, Backing, Data, Zero
 from fleecer.ranges import PIECE_BYTES, Buffer, ReadAtOnce, WriteAtOnce, align_down, align_up
@@ -305,16 +305,8 @@ class Qcow2Node(Node):
             self._in_flight.leave(claim)
 
     def begin_flush(self, ended: Ended) -> bool:
-        """See `Node.begin_flush`: where there is nothing to commit."""
-        commits = self._commits
-        if self.read_only or commits.running or commits.dirty or self._image.failure is not None:
-            return False
-        return self._file.begin_flush(functools.partial(self._flush_ended, ended))
-
-    def _flush_ended(self, ended: Ended, error: Exception | None) -> None:
-        if isinstance(error, FleecerError):
-            self._image.poison(error)
-        ended(error)
+        """See `Node.begin_flush`."""
+        return not self.read_only and self._commits.begin_flush(ended)
 
     async def flush(self) -> None:
         """See `Node.flush`. Commits the metadata; the first failure makes every later write and flush fail."""
