@@ -791,6 +791,44 @@ MUTANTS = [
         tests=("tests/unit/block/test_at_once.py::test_a_serialising_write_in_place_at_once_is_alone",),
     ),
     Mutant(
+        "backing-shows-through-zeroes",
+        _NODE,
+        """
+            return 0 if entry or table & self._odd_bits else self._in_backing(offset + length)
+""",
+        """
+            return 0 if table & self._odd_bits else self._in_backing(offset + length)
+""",
+        "only what is not allocated, and nothing else, is read from the backing node",
+        tests=("tests/unit/block/test_at_once.py::test_short_reads_of_an_overlay_at_once_are_of_what_is_on_top",),
+    ),
+    Mutant(
+        "backing-shows-through-zeroed-subclusters",
+        "formats/qcow2/subclusters.py",
+        """
+        return bool(is_sound and not entries[index + len(entries) // 2] & (mask << SUBCLUSTERS | mask))
+""",
+        """
+        return bool(is_sound and not entries[index + len(entries) // 2] & mask)
+""",
+        "only what is not allocated, and nothing else, is read from the backing node",
+        tests=("tests/unit/block/test_at_once.py::test_short_reads_of_an_overlay_at_once_are_of_what_is_on_top",),
+    ),
+    Mutant(
+        "backing-read-past-who-changes-the-cluster",
+        _NODE,
+        """
+        if self._in_flight.would_wait(offset & self._cluster_mask, self._cluster_size):
+            return False
+        return read(place, into) if place > 0 else read_backing(offset, into)
+""",
+        """
+        return read(place, into) if place > 0 else read_backing(offset, into)
+""",
+        "a read waits for who changes the mapping of its clusters",
+        tests=("tests/unit/block/test_at_once.py::test_no_cluster_is_read_or_written_at_once_while_somebody_has_it_alone",),
+    ),
+    Mutant(
         "free-clusters-known-after-a-release",
         _ALLOCATOR,
         """

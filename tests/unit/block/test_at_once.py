@@ -143,6 +143,77 @@ async def test_a_read_at_once_puts_together_what_lies_in_several_places() -> Non
     assert edge.try_pread(0, end_of_backing) is not None
 
 
+@pytest.mark.parametrize("extended", [False, True])
+async def test_short_reads_of_an_overlay_at_once_are_of_what_is_on_top(*, extended: bool) -> None:
+    cluster, size = 64 * KiB, MiB
+    generator = random.Random(2)
+    short = size - cluster - 1234
+    backing = MemoryStorage(generator.randbytes(short), name="backing")
+    node = await open_image(await new_image(size, cluster_size=cluster, extended_l2=extended), backing=backing)
+    edge = guest(node)
+    expected = bytearray(backing.data + bytes(size - short))
+
+    async def check() -> None:
+        at_once = 0
+        for _ in range(300):
+            length = generator.randint(1, 8 * KiB)
+            offset = generator.randrange(size - length)
+            data = edge.try_pread(offset, length)
+            if data is None:
+                assert offset + length > short, "past the end of the backing node it may take a wait, elsewhere none"
+                data = await edge.pread(offset, length)
+            else:
+                at_once += 1
+            assert data == expected[offset : offset + length], (offset, length)
+        assert at_once > 200
+
+    await check()  # there is no table yet
+    for turn in range(16):
+        length = (512, 2048, 4096, cluster)[turn % 4]
+        offset = generator.randrange(size // length) * length
+        if turn % 8 < 4:
+            data = generator.randbytes(length)
+            await edge.pwrite(offset, data)
+        else:
+            data = bytes(length)
+            await edge.zero(offset, length)
+        expected[offset : offset + length] = data
+        await check()
+
+
+async def test_what_a_drained_or_broken_backing_node_holds_is_not_read_at_once_past_that() -> None:
+    backing = MemoryStorage(b"o" * MiB, name="backing")
+    node = await open_image(await new_image(MiB), backing=backing)
+    edge = guest(node)
+    below = node.children[1]
+    assert edge.try_pread(0, 1) == b"o"
+    below.close_gate()
+    assert edge.try_pread(0, 1) is None
+    below.open_gate()
+    assert edge.try_pread(0, 1) == b"o"
+
+    def check() -> None:
+        raise IoError(errno.EIO, "backing", "read")
+
+    below.node.check = check
+    assert edge.try_pread(0, 1) is None
+    with pytest.raises(IoError, match="backing"):
+        await edge.pread(0, 1)
+
+
+@pytest.mark.parametrize("extended", [False, True])
+async def test_an_entry_that_makes_no_sense_does_not_let_the_backing_node_show(*, extended: bool) -> None:
+    node = await open_image(await new_image(MiB, extended_l2=extended), backing=MemoryStorage(b"o" * MiB))
+    edge = guest(node)
+    await edge.pwrite(512 * KiB, b"x")  # so that there is a table
+    slice_ = await node._reader.slice(0)
+    assert slice_ is not None
+    slice_.data[0] = COPIED
+    assert edge.try_pread(64 * KiB, 1) == b"o"
+    with pytest.raises(CorruptImage, match="L2 entry"):
+        await edge.pread(0, 1)
+
+
 @pytest.mark.peer
 async def test_what_is_packed_or_not_in_memory_is_not_read_at_once(tmp_path: Path) -> None:
     raw, packed = tmp_path / "raw", tmp_path / "packed.qcow2"
@@ -502,15 +573,18 @@ async def test_a_flush_of_an_image_that_was_begun_and_fails_is_final() -> None:
             await edge.flush()
 
 
-@pytest.mark.parametrize("backed", [False, True])
-async def test_a_read_of_an_image_that_was_begun_keeps_its_clusters_where_they_are(*, backed: bool) -> None:
+@pytest.mark.parametrize(("backed", "tabled"), [(False, True), (True, True), (True, False)])
+async def test_a_read_of_an_image_that_was_begun_keeps_its_clusters_where_they_are(
+    *, backed: bool, tabled: bool
+) -> None:
     held = Held()
     held.may_go.set()
     storage = await new_image(MiB)
     below = MemoryStorage(b"o" * MiB, name="backing", pause=held)
     node = await open_image(storage, backing=below if backed else None)
     edge = guest(node)
-    await edge.pwrite(512 * KiB, b"x")  # so that there is a table
+    if tabled:
+        await edge.pwrite(512 * KiB, b"x")
     if not backed:
         await edge.pwrite(0, b"o" * 4096)
     held.may_go.clear()

@@ -36,11 +36,12 @@ from fleecer.units import KiB
 
 STATUS_EXTENTS_MAX = 4096
 STATUS_ENTRIES_MAX = 32768
+IN_BACKING = -1
 _OTHER_BITS = COPIED - 1
 
 
 def _not_now(_offset: int, _into: memoryview) -> bool:
-    """Reads the file while that would wait: what holds no data, or has it elsewhere, need not."""
+    """Reads the file or the backing node while that would wait: what is elsewhere, or holds no data, need not."""
     return False
 
 
@@ -128,7 +129,8 @@ class Qcow2Node(Node):
 
     def reader(self) -> ReadAtOnce | None:
         """See `Node.reader`: where the slices are in memory, nobody changes the range, and nothing is compressed."""
-        return functools.partial(self._read_at_once, self._file.reader() or _not_now)
+        read_backing = self._backing.reader() if self._backing is not None else None
+        return functools.partial(self._read_at_once, self._file.reader() or _not_now, read_backing or _not_now)
 
     def writer(self) -> WriteAtOnce | None:
         """See `Node.writer`: in clusters in a row, ours alone or new, their slice in memory, which nobody changes."""
@@ -140,25 +142,36 @@ class Qcow2Node(Node):
         write = self.writer()
         return functools.partial(self._write_alone_at_once, write) if write is not None else None
 
-    def _read_at_once(self, read: ReadAtOnce, offset: int, into: memoryview) -> bool:
-        if not (place := self._place_in_file(offset, len(into))):
+    def _read_at_once(self, read: ReadAtOnce, read_backing: ReadAtOnce, offset: int, into: memoryview) -> bool:
+        place = self._place(offset, len(into))
+        if not place:
             return self._read_parts_at_once(read, offset, into)
-        in_flight = self._in_flight
-        return not in_flight.would_wait(offset & self._cluster_mask, self._cluster_size) and read(place, into)
+        if self._in_flight.would_wait(offset & self._cluster_mask, self._cluster_size):
+            return False
+        return read(place, into) if place > 0 else read_backing(offset, into)
 
-    def _place_in_file(self, offset: int, length: int) -> int:
-        """Where in the file the range is, if that can be told at first sight, as for most; else 0."""
+    def _place(self, offset: int, length: int) -> int:
+        """Where in the file the range is, or `IN_BACKING`, if that can be told at first sight, as for most; else 0."""
         cluster = offset >> self._cluster_bits
-        table = self._l1[cluster >> self._l2_bits] & _OTHER_BITS
+        entry = self._l1[cluster >> self._l2_bits]
+        table = entry & _OTHER_BITS
         slice_ = self._slices.get(table + (cluster << 3 & self._slice_start_mask))
         inner = offset & self._offset_in_cluster
-        if slice_ is None or inner + length > self._cluster_size:
+        if inner + length > self._cluster_size:
             return 0
+        if slice_ is None:
+            return 0 if entry else self._in_backing(offset + length)
         slice_.used = True
-        host = slice_.data[cluster & self._slice_mask] & _OTHER_BITS
+        entry = slice_.data[cluster & self._slice_mask]
+        host = entry & _OTHER_BITS
+        if not host or (host | table) & self._odd_bits:
+            return 0 if entry or table & self._odd_bits else self._in_backing(offset + length)
         end = host + inner + length
-        odd = not host or (host | table) & self._odd_bits
-        return host + inner if not odd and (end <= self._file_end or self._is_in_file(end)) else 0
+        return host + inner if end <= self._file_end or self._is_in_file(end) else 0
+
+    def _in_backing(self, end: int) -> int:
+        """What `_place` says of a range that is not allocated here: the backing node may end before `end`."""
+        return IN_BACKING if self._backing is not None and end <= self._backing.size else 0
 
     def _read_parts_at_once(self, read: ReadAtOnce, offset: int, into: memoryview) -> bool:
         start, stop, _ = self._claim_bounds(offset, len(into))
@@ -168,8 +181,10 @@ class Qcow2Node(Node):
 
     def begin_pread(self, offset: int, length: int, ended: ReadEnded) -> bool:
         """See `Node.begin_pread`: a range in a row in the file or in the backing node, whose slices are in memory."""
-        child, place = self._file, self._place_in_file(offset, length)
-        if not place:
+        child, place = self._file, self._place(offset, length)
+        if place == IN_BACKING and self._backing is not None:
+            child, place = self._backing, offset
+        elif not place:
             plans = self._reader.plan_at_once(offset, length)
             if plans is None or len(plans) != 1:
                 return False

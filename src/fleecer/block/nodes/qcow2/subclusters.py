@@ -213,15 +213,21 @@ class ExtendedQcow2Node(Qcow2Node):
     writer_class = SubclusterWriter
     _writer: SubclusterWriter
 
-    def _place_in_file(self, offset: int, length: int) -> int:
+    def _place(self, offset: int, length: int) -> int:
         cluster = offset >> self._cluster_bits
         slice_ = self._reader.slice_in_memory(cluster)
         inner = offset & self._offset_in_cluster
-        if slice_ is None or inner + length > self._cluster_size:
+        if inner + length > self._cluster_size:
             return 0
+        if slice_ is None:
+            return 0 if self._l1[cluster >> self._l2_bits] else self._in_backing(offset + length)
         slice_.used = True
-        place = self._writer.mapping.stored(slice_.data, cluster & self._slice_mask, inner, length)
-        return place if place and (place + length <= self._file_end or self._is_in_file(place + length)) else 0
+        mapping, index = self._writer.mapping, cluster & self._slice_mask
+        place = mapping.stored(slice_.data, index, inner, length)
+        if not place:
+            is_absent = mapping.is_absent(slice_.data, index, inner, length)
+            return self._in_backing(offset + length) if is_absent else 0
+        return place if place + length <= self._file_end or self._is_in_file(place + length) else 0
 
     def _write_at_once(self, write: WriteAtOnce, offset: int, data: Buffer) -> bool:
         cluster, length = offset >> self._cluster_bits, len(data)
