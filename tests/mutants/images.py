@@ -826,7 +826,9 @@ MUTANTS = [
         return read(place, into) if place > 0 else read_backing(offset, into)
 """,
         "a read waits for who changes the mapping of its clusters",
-        tests=("tests/unit/block/test_at_once.py::test_no_cluster_is_read_or_written_at_once_while_somebody_has_it_alone",),
+        tests=(
+            "tests/unit/block/test_at_once.py::test_no_cluster_is_read_or_written_at_once_while_somebody_has_it_alone",
+        ),
     ),
     Mutant(
         "free-clusters-known-after-a-release",

@@ -306,4 +306,18 @@ MUTANTS = [
         "what has ended holds no request up",
         tests=("tests/unit/export/test_connection.py::test_requests_in_flight_are_bounded_by_bytes",),
     ),
+    Mutant(
+        "fua-answered-when-written",
+        _CONNECTION,
+        """
+        if request.flags & CMD_FLAG_FUA:  # from here on it is no more than a flush
+""",
+        """
+        if False:
+""",
+        "a write with FUA is answered when it is durable",
+        tests=(
+            "tests/unit/export/test_at_once.py::test_a_write_with_fua_fails_where_what_was_written_cannot_be_made_durable",
+        ),
+    ),
 ]

@@ -31,7 +31,7 @@ from fleecer.trials import Trials
 from fleecer.units import KiB, MiB
 from fleecer.waiters import Waiters
 from fleecer.wire.nbd import AtOnce, Request, ServerCodec
-from fleecer.wire.nbd.constants import CMD_BLOCK_STATUS, CMD_FLUSH, CMD_READ, CMD_WRITE, EXTENT
+from fleecer.wire.nbd.constants import CMD_BLOCK_STATUS, CMD_FLAG_FUA, CMD_FLUSH, CMD_READ, CMD_WRITE, EXTENT
 
 if TYPE_CHECKING:
     from fleecer.export.server import Server
@@ -64,6 +64,7 @@ class Connection:
         self._server = server
         self._codec = ServerCodec(server.catalogue(self))
         self._waiting: collections.deque[Request] = collections.deque()  # parsed, not started
+        self._flushes: list[Request] = []  # started once all that came with them is done or started
         self._at_once = AtOnce()
         self._trials = Trials(SKIPS_MAX)  # of doing at once what is not parsed yet
         self._in_flight = 0  # started, and not ended at once
@@ -155,7 +156,7 @@ class Connection:
         """Whether nothing more is to be begun until something of what we hold has ended."""
         return (
             self._in_flight_bytes > IN_FLIGHT_BYTES_MAX
-            or self._in_flight >= IN_FLIGHT_MAX
+            or self._in_flight + len(self._flushes) >= IN_FLIGHT_MAX
             or self.stream.queued_bytes > QUEUED_BYTES_MAX
         )
 
@@ -227,21 +228,38 @@ class Connection:
                     if self._begin_read(request, export):
                         tried = False
                         continue
-                elif length and request.command == CMD_WRITE and not request.flags and write is not None:
+                elif length and request.command == CMD_WRITE and write is not None:
                     if write(request.offset, request.data):
-                        export.writes += 1
-                        export.bytes_written += length
-                        if length >= spares.LENGTH_MIN:
-                            spares.give(request.data)
-                        self._codec.reply_done(request)
+                        self._written(request, export)
                         continue
                     tried = True
             except Exception as error:  # noqa: BLE001 - whatever it is, the client is answered
                 self._fail(request, error)
                 tried = False
                 continue
+            if request.command == CMD_FLUSH:
+                self._flushes.append(request)
+                continue
             self._start(request, tried=tried)
             tried, is_found = False, False
+        self._start_flushes()
+
+    def _start_flushes(self) -> None:
+        """Starts the flushes that came along, after all that was written then: one sync is enough for them."""
+        flushes, self._flushes = self._flushes, []
+        for request in flushes:
+            self._start(request)
+
+    def _written(self, request: Request, export: Export) -> None:
+        """Takes note of a write that was done at once, and answers it, or has it flushed first."""
+        export.writes += 1
+        export.bytes_written += request.length
+        if request.length >= spares.LENGTH_MIN:
+            spares.give(request.data)
+        if request.flags & CMD_FLAG_FUA:  # from here on it is no more than a flush
+            self._flushes.append(Request(CMD_FLUSH, 0, request.cookie, 0, 0))
+        else:
+            self._codec.reply_done(request)
 
     def _begin_read(self, request: Request, export: Export) -> bool:
         """Begins a read that could not be done at once, where that needs no coroutine."""

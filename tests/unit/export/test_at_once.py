@@ -26,6 +26,7 @@ from fleecer.storage.api import Ended, ReadEnded
 from fleecer.storage.file import FileStorage, open_file
 from fleecer.units import KiB
 from fleecer.wire.nbd import AtOnce, ServerCodec
+from fleecer.wire.nbd.constants import CMD_FLAG_FUA
 
 BLOCK = 256 * KiB
 BLOCKS = 48
@@ -129,6 +130,52 @@ async def test_the_payload_of_a_write_under_way_is_not_used_again(
         for number in range(BLOCKS):
             assert await world.edge.pread(number * BLOCK, BLOCK) == block(turn * 1000 + number)
     assert late_writes == 3 * BLOCKS // 2
+
+
+@pytest.mark.parametrize("fua", [False, True])
+async def test_one_sync_is_enough_for_all_that_came_at_once(
+    world: World, monkeypatch: pytest.MonkeyPatch, *, fua: bool
+) -> None:
+    syncs = 0
+    real = FileStorage.begin_sync
+
+    def begin(self: FileStorage, ended: Ended) -> bool:
+        nonlocal syncs
+        syncs += 1
+        return real(self, ended)
+
+    monkeypatch.setattr(FileStorage, "begin_sync", begin)
+    client = await world.client()
+    cookies = []
+    for number in range(8):
+        cookies.append(client.codec.write(number * BLOCK, b"n" * 512, CMD_FLAG_FUA if fua else 0))
+        if not fua:
+            cookies.append(client.codec.flush())
+    client.send()
+    for cookie in cookies:
+        assert not (await client.reply(cookie)).error
+    assert syncs == 1
+    assert world.server.export("disk").writes == 8
+    for number in range(8):
+        assert await world.edge.pread(number * BLOCK, 512) == b"n" * 512
+
+
+async def test_a_write_with_fua_fails_where_what_was_written_cannot_be_made_durable(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: FileStorage, ended: Ended) -> bool:
+        raise IoError(errno.ENOSPC, self.name, "flush")
+
+    client = await world.client()
+    plain = client.codec.write(0, b"n" * 512)
+    monkeypatch.setattr(FileStorage, "begin_sync", fail)
+    cookies = [client.codec.write(number * BLOCK, b"n" * 512, CMD_FLAG_FUA) for number in range(3)]
+    client.send()
+    assert not (await client.reply(plain)).error
+    for cookie in cookies:
+        reply = await client.reply(cookie)
+        assert reply.error == errno.ENOSPC
+        assert "flush" in reply.message
 
 
 async def test_a_buffer_is_used_again_once_it_is_taken_though_others_are_still_queued(world: World) -> None:
