@@ -81,6 +81,27 @@ MUTANTS = [
         "what is copied at once may still be read from the disk by a snapshot",
     ),
     Mutant(
+        "settled-writes-look-for-nobody",
+        _COPIER,
+        """
+        if self._copies or any(len(snapshot.frozen) for snapshot in self._snapshots):
+            return functools.partial(self._write_preserved, write)
+""",
+        "",
+        "a change of what is preserved still waits for those who read it from the disk, or copy it",
+    ),
+    Mutant(
+        "settled-by-its-first-cluster",
+        _COPIER,
+        """
+        is_settled = self._settled[cluster] and offset + len(data) <= (cluster + 1) * size
+""",
+        """
+        is_settled = self._settled[cluster]
+""",
+        "all clusters that a change touches are preserved before it",
+    ),
+    Mutant(
         "copied-at-once-but-not-written",
         _COPIER,
         """

@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import functools
 from collections.abc import Callable
 from typing import Literal
 
@@ -39,7 +40,7 @@ from fleecer.block.bitmap import Bitmap
 from fleecer.block.edge import Edge
 from fleecer.block.inflight import Claim, InFlight
 from fleecer.errors import FleecerError, IoError, SnapshotBroken, UsageError, told
-from fleecer.ranges import align_up, is_power_of_two, is_zero
+from fleecer.ranges import Buffer, WriteAtOnce, align_up, is_power_of_two, is_zero
 from fleecer.units import KiB, MiB
 
 OnError = Literal["break-snapshot", "break-guest-write"]
@@ -304,6 +305,25 @@ class Copier:
             return False
         first, end = self.clusters(offset, length)
         return not self._is_settled(first, end) or self._is_busy(first, end)
+
+    def writer(self, write: WriteAtOnce) -> WriteAtOnce:
+        """What writes by `write` what can be written without a wait; see `Node.writer`.
+
+        Before each write its range is preserved. Most of the time nothing is under way that could be in a change's way,
+        neither a copy nor a read for a snapshot, nor will it be while what is returned is good.
+        """
+        if self._copies or any(len(snapshot.frozen) for snapshot in self._snapshots):
+            return functools.partial(self._write_preserved, write)
+        return functools.partial(self._write_settled, write) if self._newest is not None else write
+
+    def _write_preserved(self, write: WriteAtOnce, offset: int, data: Buffer) -> bool:
+        return self.preserved_at_once(offset, len(data)) and write(offset, data)
+
+    def _write_settled(self, write: WriteAtOnce, offset: int, data: Buffer) -> bool:
+        size = self.cluster_size_bytes
+        cluster = offset // size
+        is_settled = self._settled[cluster] and offset + len(data) <= (cluster + 1) * size
+        return (is_settled or self.preserved_at_once(offset, len(data))) and write(offset, data)
 
     def preserved_at_once(self, offset: int, length: int) -> bool:
         """As `preserve`, if that takes no wait; False, with nothing marked, if it does, or fails: `preserve` will see.

@@ -6,8 +6,6 @@ rules. Discards and zeroes are changes like any other. Without a snapshot the fi
 
 from __future__ import annotations
 
-import functools
-
 from fleecer.block.copier import Copier
 from fleecer.block.nodes.filter import FilterNode
 from fleecer.ranges import Buffer, ReadAtOnce, WriteAtOnce
@@ -49,10 +47,7 @@ class CopyBeforeWriteNode(FilterNode):
     def writer(self) -> WriteAtOnce | None:
         """See `Node.writer`: what must be preserved first may have to wait."""
         write = self.child.writer()
-        return functools.partial(self._write_at_once, write) if write is not None else None
-
-    def _write_at_once(self, write: WriteAtOnce, offset: int, data: Buffer) -> bool:
-        return self.copier.preserved_at_once(offset, len(data)) and write(offset, data)
+        return self.copier.writer(write) if write is not None else None
 
     async def pwrite(self, offset: int, data: Buffer, serialising: bool = False) -> None:
         """Preserves the range for the snapshots, then writes. Raises before anything changed if preserving may fail."""
