@@ -116,7 +116,7 @@ class Storage(Protocol):
     def begin_sync(self, ended: Ended) -> bool:
         """Begins to do what `sync` does, and returns True; or returns False: use `sync`.
 
-        `ended` is called once, in a later turn of the event loop.
+        `ended` is called once, perhaps before this returns.
         """
 
     async def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:

@@ -78,6 +78,7 @@ class FileStorage:
         "_has_missed",
         "_inline_read_flags",
         "_inline_writes",
+        "_is_in_memory",
         "_lane",
         "_long_writes",
         "_modes",
@@ -118,6 +119,8 @@ class FileStorage:
             reads_zero_when_new=not self.is_block_device,
         )
         self._modes = fallocate.Modes()
+        # A device's own file lies in memory, what it leads to does not.
+        self._is_in_memory = not self.is_block_device and fallocate.is_in_memory(fd)
         self._unsynced_directory = created_in
         # preadv's flags for reads on the event loop; None where those could block.
         self._inline_read_flags: int | None = os.RWF_NOWAIT
@@ -163,7 +166,7 @@ class FileStorage:
                 return True
         except OSError as error:
             if error.errno == errno.EOPNOTSUPP and flags:
-                self._inline_read_flags = 0 if fallocate.is_in_memory(self._fd) else None
+                self._inline_read_flags = 0 if self._is_in_memory else None
                 return self.try_pread_into(offset, into)
         # Not cached, only partly cached, past the end, or failing: `pread` finds out which.
         self._skips = self._skips_next
@@ -291,7 +294,13 @@ class FileStorage:
 
     def begin_sync(self, ended: Ended) -> bool:
         """See `Storage.begin_sync`: where the kernel's workers sync (syncs.py), and a name need not be synced too."""
-        syncs = running_pool().syncs() if self._unsynced_directory is None else None
+        if self._unsynced_directory is not None:
+            return False
+        if self._is_in_memory:
+            self._sync()  # there is nothing to wait for
+            ended(None)
+            return True
+        syncs = running_pool().syncs()
         if syncs is None or not syncs.begin(self._fd, functools.partial(self._sync_ended, ended)):
             return False
         self._syncing += 1

@@ -23,7 +23,6 @@ from fleecer.block.edge import Edge
 from fleecer.block.nodes.file import FileNode
 from fleecer.errors import FleecerError, IoError, UsageError
 from fleecer.ranges import is_zero
-from fleecer.storage import fallocate
 from fleecer.storage.file import (
     EXTENTS_MAX,
     INLINE_MAX_BYTES,
@@ -444,7 +443,7 @@ async def test_where_the_kernel_knows_no_inline_reads_only_memory_is_read_inline
     await storage.pwrite(0, b"x" * 4096)
     storage._inline_read_flags = os.RWF_NOWAIT
     asked = without_nowait(monkeypatch)
-    monkeypatch.setattr(fallocate, "is_in_memory", lambda fd: in_memory)
+    storage._is_in_memory = in_memory
     for _ in range(3):
         assert (read_at_once(storage, 0, 4096) == b"x" * 4096) is inline
     assert asked == [os.RWF_NOWAIT, *([0] * 3 if inline else [])], "it is found out once"
@@ -605,6 +604,7 @@ async def test_long_writes_that_overlap_are_written_beside_the_loop(
 
 async def test_syncs_do_not_take_the_places_of_reads(storage: FileStorage, monkeypatch: pytest.MonkeyPatch) -> None:
     go_on = threading.Event()
+    storage._is_in_memory = False
     monkeypatch.setattr(os, "fdatasync", lambda fd: go_on.wait(60))
     syncs = [asyncio.create_task(storage.sync()) for _ in range(20)]
     await asyncio.sleep(0)

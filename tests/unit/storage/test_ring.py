@@ -23,7 +23,6 @@ from tests.storage_world import read_at_once, without_nowait
 
 from fleecer.block.nodes.file import FileNode
 from fleecer.errors import IoError
-from fleecer.storage import fallocate
 from fleecer.storage.file import RING_MAX_BYTES, SKIPS_MAX, FileStorage, create_file
 from fleecer.storage.lanes import Lane
 from fleecer.storage.pool import Pool, running_pool
@@ -641,7 +640,7 @@ async def test_files_in_memory_and_those_without_nowait_are_not_for_the_ring(
     in_memory: bool, uring_api: StandInModule, empty: FileStorage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     without_nowait(monkeypatch)
-    monkeypatch.setattr(fallocate, "is_in_memory", lambda fd: in_memory)
+    empty._is_in_memory = in_memory
     for offset in (0, SIZE):  # there, and past the end: that is missed too
         if read_at_once(empty, offset, 4096) is None:
             await empty.pread(offset, 4096)

@@ -96,6 +96,7 @@ async def storage(tmp_path: Path) -> AsyncIterator[FileStorage]:
     """A file whose name is durable."""
     made = await create_file(str(tmp_path / "disk"), size=4096)
     await made.sync()
+    made._is_in_memory = False  # wherever the tests run
     yield made
     await made.close()
 
@@ -332,10 +333,25 @@ async def test_a_new_file_is_synced_by_a_thread_which_syncs_its_name_too(
     storage = await create_file(str(tmp_path / "new"), size=4096)
     assert not storage.begin_sync(lambda _: None)
     await storage.sync()
+    storage._is_in_memory = False  # wherever the tests run
     assert storage.begin_sync(lambda _: None)
     kernel.complete()
     await turns()
     await storage.close()
+
+
+async def test_a_file_in_memory_is_synced_at_once(
+    pool: Pool, kernel: StandIn, storage: FileStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: list[int] = []
+    monkeypatch.setattr(os, "fdatasync", synced.append)
+    storage._is_in_memory = True
+    told: list[Exception | None] = []
+    assert storage.begin_sync(told.append)
+    assert told == [None]
+    await storage.sync()
+    assert synced == [storage._fd, storage._fd]
+    assert not kernel.under_way
 
 
 async def test_a_file_is_closed_only_after_the_sync_of_one_who_was_cancelled(
