@@ -643,10 +643,12 @@ MUTANTS = [
         "new-name-not-synced",
         _FILE_STORAGE,
         """
-        syncs = running_pool().syncs() if self._unsynced_directory is None else None
+        if self._unsynced_directory is not None:
+            return False
+        if self._is_in_memory:
 """,
         """
-        syncs = running_pool().syncs()
+        if self._is_in_memory:
 """,
         "the first sync of a new file makes its name durable too",
         tests=("tests/unit/storage/test_syncs.py::test_a_new_file_is_synced_by_a_thread_which_syncs_its_name_too",),
