@@ -808,10 +808,10 @@ MUTANTS = [
         "backing-shows-through-zeroed-subclusters",
         "formats/qcow2/subclusters.py",
         """
-        return bool(is_sound and not entries[index + len(entries) // 2] & (mask << SUBCLUSTERS | mask))
+        return not (found.allocated | found.zero) & self.mask(skip, length)
 """,
         """
-        return bool(is_sound and not entries[index + len(entries) // 2] & mask)
+        return not found.allocated & self.mask(skip, length)
 """,
         "only what is not allocated, and nothing else, is read from the backing node",
         tests=("tests/unit/block/test_at_once.py::test_short_reads_of_an_overlay_at_once_are_of_what_is_on_top",),

@@ -249,6 +249,8 @@ class Connection:
         flushes, self._flushes = self._flushes, []
         for request in flushes:
             self._start(request)
+        if flushes and self._waiting and not self._holds_enough():
+            self._await_turn()  # what they held up: those that have ended already tell nobody
 
     def _written(self, request: Request, export: Export) -> None:
         """Takes note of a write that was done at once, and answers it, or has it flushed first."""

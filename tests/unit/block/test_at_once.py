@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 from tests.fleecing_world import CLUSTER, World
-from tests.qcow2_world import checked, guest, new_image, open_image
+from tests.qcow2_world import checked, file_edge, guest, new_image, open_image
 
 from fleecer.block.copier import Copier
 from fleecer.block.edge import Edge
 from fleecer.block.inflight import InFlight
 from fleecer.block.nodes.file import FileNode
-from fleecer.block.nodes.qcow2 import Qcow2Node
+from fleecer.block.nodes.qcow2 import Qcow2Node, open_qcow2, read_header
 from fleecer.block.nodes.raw import RawNode
 from fleecer.errors import CorruptImage, IoError
 from fleecer.formats.qcow2.tables import COPIED
@@ -212,6 +212,51 @@ async def test_an_entry_that_makes_no_sense_does_not_let_the_backing_node_show(*
     assert edge.try_pread(64 * KiB, 1) == b"o"
     with pytest.raises(CorruptImage, match="L2 entry"):
         await edge.pread(0, 1)
+
+
+@pytest.mark.parametrize(
+    ("entry", "bitmap", "problem"),
+    [
+        (0, 1 << 5, "a contradiction"),  # allocated nowhere
+        (None, 1 << 5 | 1 << 37, "a contradiction"),  # allocated, and zeroes
+        (COPIED | 1 << 40, 1 << 5, "past the file's end"),
+    ],
+)
+async def test_a_bitmap_that_makes_no_sense_does_not_let_the_backing_node_show(
+    entry: int | None, bitmap: int, problem: str
+) -> None:
+    node = await open_image(await new_image(MiB, extended_l2=True), backing=MemoryStorage(b"o" * MiB))
+    edge = guest(node)
+    await edge.pwrite(0, b"x" * 2048)
+    assert edge.try_pread(2048, 1) == b"o"
+    slice_ = await node._reader.slice(0)
+    assert slice_ is not None
+    slice_.data[0] = slice_.data[0] if entry is None else entry
+    slice_.data[len(slice_.data) // 2] = bitmap
+    with pytest.raises(CorruptImage, match=problem):
+        edge.try_pread(2048, 1)
+
+
+async def test_a_read_through_a_chain_asks_each_image_once_what_reads_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    node = await open_image(await new_image(MiB), backing=MemoryStorage(b"o" * MiB))
+    for _ in range(4):
+        below = Edge(node, "node 'disk'", "backing")
+        file = file_edge(await new_image(MiB))
+        header = await read_header(file, "disk")
+        node = await open_qcow2(file, name="disk", header=header, backing=below, read_only=False)
+    asked = 0
+    real = Qcow2Node.reader
+
+    def count(self: Qcow2Node) -> Any:
+        nonlocal asked
+        asked += 1
+        return real(self)
+
+    monkeypatch.setattr(Qcow2Node, "reader", count)
+    for offset in (0, 64 * KiB - 2):
+        asked = 0
+        assert guest(node).try_pread(offset, 4) == b"oooo"
+        assert asked == 5
 
 
 @pytest.mark.peer

@@ -636,6 +636,23 @@ async def test_requests_in_flight_are_bounded_by_number(serving: Serving) -> Non
         await client.reply(cookie)
 
 
+async def test_flushes_that_end_at_once_hold_nothing_up(serving: Serving, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "IN_FLIGHT_MAX", 4)
+    client = await serving.client()
+    held = serving.fault.hold("read")
+    hung = client.codec.read(0, 512)
+    client.send()
+    await asyncio.wait_for(held.reached(), 10)
+    cookies = [client.codec.flush() for _ in range(3)]
+    good = client.codec.read(512, 512)
+    client.send()
+    for cookie in cookies:
+        assert not (await client.reply(cookie)).error
+    assert (await asyncio.wait_for(client.reply(good), 10)).data == serving.data[512:1024]
+    held.release()
+    assert (await client.reply(hung)).data == serving.data[:512]
+
+
 async def test_requests_in_flight_are_bounded_by_bytes(big: Serving) -> None:
     holds = [big.fault.hold("read") for _ in range(100)]
     client = await big.client()

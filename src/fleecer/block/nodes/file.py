@@ -193,7 +193,9 @@ class FileNode(Node):
         covered = self._changes
         try:
             begun = self.storage.begin_sync(functools.partial(self._sync_ended, covered))
-        except Exception as error:  # noqa: BLE001 - it belongs to those who wait
+        except Exception as error:
+            if not self._is_syncing:
+                raise  # by one who was told: the sync has ended
             self._sync_ended(covered, error)
             return
         if not begun:

@@ -17,6 +17,7 @@ from typing import Final, NamedTuple
 from fleecer.errors import CorruptImage
 from fleecer.formats.qcow2.header import Header
 from fleecer.formats.qcow2.tables import (
+    COMPRESSED,
     COPIED,
     Mapping,
     Plan,
@@ -95,12 +96,14 @@ class ExtendedMapping(Mapping):
         is_there = entries[index + len(entries) // 2] & (mask << SUBCLUSTERS | mask) == mask
         return host + skip if is_there and host and not host & self.odd_bits else 0
 
-    def is_absent(self, entries: array[int], index: int, skip: int, length: int) -> bool:
-        """Whether bytes, as for `stored`, are not allocated, and nothing is wrong with their entry at first sight."""
-        mask = self.mask(skip, length)
-        entry = entries[index]
-        is_sound = not entry or (entry & (COPIED - 1) and not entry & self.odd_bits)
-        return bool(is_sound and not entries[index + len(entries) // 2] & (mask << SUBCLUSTERS | mask))
+    def is_absent(self, entries: array[int], index: int, cluster: int, skip: int, length: int, file_end: int) -> bool:
+        """Whether bytes, as for `stored`, are not allocated. `cluster` and `file_end` are as for `plan`."""
+        if entries[index] & COMPRESSED:
+            return False
+        found = self.subclusters(entries, index, cluster)
+        if found.allocated and found.host >= file_end:
+            raise self._past_end(cluster, found.host, file_end)
+        return not (found.allocated | found.zero) & self.mask(skip, length)
 
     def _plan_run(
         self, plans: list[Plan], entries: array[int], first: int, cluster: int, skip: int, length: int, file_end: int

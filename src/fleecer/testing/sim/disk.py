@@ -248,7 +248,7 @@ class SimDisk:
     async def sync(self) -> None:
         """See `Storage.sync`."""
         fault = self._begin("sync", 0, 0)
-        covered = [write for write in self._log if write.ended is not None and write.durable_at is None]
+        covered = self._unsynced()
         try:
             await self._pass("sync", fault)
             if fault in ("EIO", "ENOSPC"):
@@ -261,8 +261,15 @@ class SimDisk:
             self._end("sync", 0, 0)
 
     def begin_sync(self, ended: Ended) -> bool:
-        """See `Storage.begin_sync`."""
-        begin(self._sync_told(), lambda _, error: ended(error))
+        """See `Storage.begin_sync`: at once, if `inline` has it so."""
+        if not self._is_inline("sync", ()):
+            begin(self._sync_told(), lambda _, error: ended(error))
+            return True
+        if self.faults is not None:
+            self.faults.next("sync")
+        self._say("sync at once")
+        self._synced(self._unsynced())
+        ended(None)
         return True
 
     async def _sync_told(self) -> Buffer:
@@ -407,6 +414,10 @@ class SimDisk:
             runs.append((stop - offset, not is_zero(self.data[offset:stop])))
             offset = stop
         return runs
+
+    def _unsynced(self) -> list[_Write]:
+        """What has ended and is not durable."""
+        return [write for write in self._log if write.ended is not None and write.durable_at is None]
 
     def _synced(self, covered: list[_Write]) -> None:
         self._position += 1

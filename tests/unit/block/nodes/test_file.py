@@ -415,6 +415,27 @@ async def test_a_sync_that_cannot_even_begin_is_told_and_tried_anew() -> None:
     await edge.flush()
 
 
+async def test_a_bug_in_one_who_is_told_at_once_is_no_failed_sync() -> None:
+    class Quick(MemoryStorage):
+        def begin_sync(self, ended: Ended) -> bool:
+            ended(None)
+            return True
+
+    node = FileNode("disk0", Quick(8192))
+    told: list[Exception | None] = []
+
+    def listen(error: Exception | None) -> None:
+        told.append(error)
+        raise IoError(errno.EIO, "listener", "flush")
+
+    with pytest.raises(IoError, match="listener"):
+        node.begin_flush(listen)
+    assert told == [None]
+    assert node.problem is None
+    await node.pwrite(0, b"x")
+    await node.flush()
+
+
 async def test_a_sync_that_ends_in_a_bug_is_told_and_tried_anew() -> None:
     class Buggy(MemoryStorage):
         async def sync(self) -> None:

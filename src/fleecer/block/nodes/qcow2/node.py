@@ -145,7 +145,7 @@ class Qcow2Node(Node):
     def _read_at_once(self, read: ReadAtOnce, read_backing: ReadAtOnce, offset: int, into: memoryview) -> bool:
         place = self._place(offset, len(into))
         if not place:
-            return self._read_parts_at_once(read, offset, into)
+            return self._read_parts_at_once(read, read_backing, offset, into)
         if self._in_flight.would_wait(offset & self._cluster_mask, self._cluster_size):
             return False
         return read(place, into) if place > 0 else read_backing(offset, into)
@@ -173,11 +173,11 @@ class Qcow2Node(Node):
         """What `_place` says of a range that is not allocated here: the backing node may end before `end`."""
         return IN_BACKING if self._backing is not None and end <= self._backing.size else 0
 
-    def _read_parts_at_once(self, read: ReadAtOnce, offset: int, into: memoryview) -> bool:
+    def _read_parts_at_once(self, read: ReadAtOnce, read_backing: ReadAtOnce, offset: int, into: memoryview) -> bool:
         start, stop, _ = self._claim_bounds(offset, len(into))
         if len(into) > PIECE_BYTES or self._in_flight.would_wait(start, stop - start):
             return False
-        return self._reader.read_at_once(read, offset, into)
+        return self._reader.read_at_once(read, read_backing, offset, into)
 
     def begin_pread(self, offset: int, length: int, ended: ReadEnded) -> bool:
         """See `Node.begin_pread`: a range in a row in the file or in the backing node, whose slices are in memory."""

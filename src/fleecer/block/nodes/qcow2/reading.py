@@ -142,23 +142,25 @@ class Reader:
             return await self._image.read_compressed(plan)
         return await read_backing(self._backing, offset, plan.length)
 
-    def read_at_once(self, read: ReadAtOnce, offset: int, into: memoryview) -> bool:
-        """As `read`, where nothing of it has to wait; see `ReadAtOnce`."""
+    def read_at_once(self, read: ReadAtOnce, read_backing: ReadAtOnce, offset: int, into: memoryview) -> bool:
+        """As `read`, where nothing of it has to wait, by what reads the file and the backing node; see `ReadAtOnce`."""
         plans = self.plan_at_once(offset, len(into))
         if plans is not None and len(plans) == 1:
-            return self._carry_out_at_once(read, plans[0], offset, into)
+            return self._carry_out_at_once(read, read_backing, plans[0], offset, into)
         at = 0
         for plan in plans or ():
-            if not self._carry_out_at_once(read, plan, offset + at, into[at : at + plan.length]):
+            if not self._carry_out_at_once(read, read_backing, plan, offset + at, into[at : at + plan.length]):
                 return False
             at += plan.length
         return plans is not None
 
-    def _carry_out_at_once(self, read: ReadAtOnce, plan: Plan, offset: int, into: memoryview) -> bool:
+    def _carry_out_at_once(
+        self, read: ReadAtOnce, read_backing: ReadAtOnce, plan: Plan, offset: int, into: memoryview
+    ) -> bool:
         if isinstance(plan, Data):
             return plan.host_offset + plan.length <= self._file.size and read(plan.host_offset, into)
         if isinstance(plan, Backing) and self._backing is not None:
-            return self._backing.try_pread_into(offset, into)
+            return offset + plan.length <= self._backing.size and read_backing(offset, into)
         if isinstance(plan, Compressed):
             return False
         into[:] = zeroes(plan.length)

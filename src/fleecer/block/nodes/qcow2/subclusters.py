@@ -225,7 +225,7 @@ class ExtendedQcow2Node(Qcow2Node):
         mapping, index = self._writer.mapping, cluster & self._slice_mask
         place = mapping.stored(slice_.data, index, inner, length)
         if not place:
-            is_absent = mapping.is_absent(slice_.data, index, inner, length)
+            is_absent = mapping.is_absent(slice_.data, index, cluster, inner, length, self._file.size)
             return self._in_backing(offset + length) if is_absent else 0
         return place if place + length <= self._file_end or self._is_in_file(place + length) else 0
 
