@@ -261,12 +261,10 @@ class SimDisk:
             self._end("sync", 0, 0)
 
     def begin_sync(self, ended: Ended) -> bool:
-        """See `Storage.begin_sync`: at once, if `inline` has it so."""
-        if not self._is_inline("sync", ()):
+        """See `Storage.begin_sync`: at once, if `inline` has it so; with faults it is a moment for one."""
+        if self.faults is not None or not self._is_inline("sync", ()):
             begin(self._sync_told(), lambda _, error: ended(error))
             return True
-        if self.faults is not None:
-            self.faults.next("sync")
         self._say("sync at once")
         self._synced(self._unsynced())
         ended(None)

@@ -152,13 +152,13 @@ class Qcow2Node(Node):
 
     def _place(self, offset: int, length: int) -> int:
         """Where in the file the range is, or `IN_BACKING`, if that can be told at first sight, as for most; else 0."""
+        inner = offset & self._offset_in_cluster
+        if inner + length > self._cluster_size:
+            return 0
         cluster = offset >> self._cluster_bits
         entry = self._l1[cluster >> self._l2_bits]
         table = entry & _OTHER_BITS
         slice_ = self._slices.get(table + (cluster << 3 & self._slice_start_mask))
-        inner = offset & self._offset_in_cluster
-        if inner + length > self._cluster_size:
-            return 0
         if slice_ is None:
             return 0 if entry else self._in_backing(offset + length)
         slice_.used = True

@@ -214,11 +214,11 @@ class ExtendedQcow2Node(Qcow2Node):
     _writer: SubclusterWriter
 
     def _place(self, offset: int, length: int) -> int:
-        cluster = offset >> self._cluster_bits
-        slice_ = self._reader.slice_in_memory(cluster)
         inner = offset & self._offset_in_cluster
         if inner + length > self._cluster_size:
             return 0
+        cluster = offset >> self._cluster_bits
+        slice_ = self._reader.slice_in_memory(cluster)
         if slice_ is None:
             return 0 if self._l1[cluster >> self._l2_bits] else self._in_backing(offset + length)
         slice_.used = True
