@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -64,6 +65,29 @@ def test_a_client_that_fails_is_told_with_its_last_line(tmp_path: Path) -> None:
 
 def test_long_output_is_kept_whole(tmp_path: Path) -> None:
     assert len(process.call(["/usr/bin/seq", "400000"], str(tmp_path)).splitlines()) == 400_000
+
+
+def test_who_waits_for_a_client_hears_of_its_end_at_once_not_in_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sleep(seconds: float) -> None:
+        raise AssertionError(f"slept {seconds} s, which rounds the time up")
+
+    client = Client(["/bin/sleep", "0.2"], str(tmp_path))
+    monkeypatch.setattr(time, "sleep", sleep)
+    try:
+        assert client.finish(60.0) == ""
+    finally:
+        client.end()
+
+
+def test_a_client_that_takes_too_long_is_told(tmp_path: Path) -> None:
+    client = Client(["/bin/sleep", "600"], str(tmp_path))
+    try:
+        with pytest.raises(BenchError, match="sleep did not end within 0 s"):
+            client.finish(0.1)
+    finally:
+        client.end()
 
 
 def test_the_end_of_a_client_is_the_end_of_what_it_started(tmp_path: Path) -> None:
