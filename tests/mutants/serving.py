@@ -9,6 +9,9 @@ _NBD = "block/nodes/nbd.py"
 _NBD_SERVER = "wire/nbd/server.py"
 _EAGER = "eager.py"
 _SERVER = "export/server.py"
+_SENDS = "net/sends.py"
+_STREAM = "net/stream.py"
+_SENDS_TESTS = ("tests/unit/net/test_sends.py",)
 
 MUTANTS = [
     Mutant(
@@ -287,7 +290,7 @@ MUTANTS = [
         "reply-buffer-given-back-while-queued",
         _CONNECTION,
         """
-        sending, taken = self._sending, self._taken_bytes()
+        sending, taken = self._sending, self.stream.taken_bytes
 """,
         """
         sending, taken = self._sending, self.stream.sent_bytes
@@ -319,5 +322,114 @@ MUTANTS = [
         tests=(
             "tests/unit/export/test_at_once.py::test_a_write_with_fua_fails_where_what_was_written_cannot_be_made_durable",
         ),
+    ),
+    Mutant(
+        "memory-free-while-sent-aside",
+        _STREAM,
+        """
+        return self._aside_at if self._aside else self.sent_bytes - self.queued_bytes
+""",
+        """
+        return self.sent_bytes - self.queued_bytes
+""",
+        "a reply's buffer is used again only when the kernel has taken it",
+        tests=_SENDS_TESTS,
+    ),
+    Mutant(
+        "send-overtakes-what-is-sent-aside",
+        _STREAM,
+        """
+        if self._queue or self._aside:
+            self.sent_bytes += size
+""",
+        """
+        if self._queue:
+            self.sent_bytes += size
+""",
+        "bytes are sent in the order of send",
+        tests=_SENDS_TESTS,
+    ),
+    Mutant(
+        "close-forgets-what-is-sent-aside",
+        _STREAM,
+        """
+            if not self._queue and not self._aside:
+                self._end_in_order(self._sock)
+""",
+        """
+            if not self._queue:
+                self._end_in_order(self._sock)
+""",
+        "what was sent before close reaches the peer before its end",
+        tests=_SENDS_TESTS,
+    ),
+    Mutant(
+        "ended-while-the-kernel-sends",
+        _STREAM,
+        """
+        if not self._aside:
+            self._loop.call_soon(self._tell_end)
+""",
+        """
+        self._loop.call_soon(self._tell_end)
+""",
+        "a stream has ended when the memory of what it sent is free",
+        tests=_SENDS_TESTS,
+    ),
+    Mutant(
+        "rest-of-what-was-sent-aside-is-lost",
+        _STREAM,
+        """
+        rest = _after(pieces, max(0, result))
+""",
+        """
+        rest = _after(pieces, max(0, result)) if result < 0 else []
+""",
+        "what the kernel had no room for is sent next",
+        tests=_SENDS_TESTS,
+    ),
+    Mutant(
+        "refused-message-stays-in-the-ring",
+        _SENDS,
+        """
+        words[self._tail] = tail  # it was not taken
+""",
+        "",
+        "what the loop sends itself is not sent once more",
+        tests=_SENDS_TESTS,
+    ),
+    Mutant(
+        "worker-waits-for-who-does-not-read",
+        _SENDS,
+        """
+            socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL,
+""",
+        """
+            socket.MSG_NOSIGNAL,
+""",
+        "what is begun ends soon, whether or not its reader reads",
+        tests=_SENDS_TESTS,
+    ),
+    Mutant(
+        "two-sends-in-one-slot",
+        _SENDS,
+        """
+        self._free.pop()
+""",
+        "",
+        "what the kernel is told of a send stays until that has ended",
+        tests=_SENDS_TESTS,
+    ),
+    Mutant(
+        "aside-though-somebody-is-latency-bound",
+        _SERVER,
+        """
+        return self.turn_bytes >= LONG_TURN_BYTES
+""",
+        """
+        return True
+""",
+        "no worker takes a processor while turns are kept short for somebody",
+        tests=("tests/unit/export/test_connection.py",),
     ),
 ]

@@ -86,8 +86,8 @@ def test_every_module_has_a_layer() -> None:
 def test_bytes_reach_files_only_through_storage_and_leave_only_as_copies(path: Path) -> None:
     for node in ast.walk(ast.parse(path.read_text())):
         name = node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
-        anonymous = name == "mmap" and place(path) == "spares"
-        assert name not in NOWHERE or anonymous, f"{path}:{node.lineno}: {name} may send bytes that change under way"  # type: ignore[attr-defined]
+        is_ours = name == "mmap" and (place(path) == "spares" or path.name == "sends.py")  # memory, the kernel's queues
+        assert name not in NOWHERE or is_ours, f"{path}:{node.lineno}: {name} may send bytes that change under way"  # type: ignore[attr-defined]
         if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os":
             allowed = name not in ONLY_IN_STORAGE or place(path) == "storage" or path.name == "rundir.py"
             assert allowed, f"{path}:{node.lineno}: os.{name}"

@@ -198,7 +198,7 @@ class Connection:
         turn_bytes = self._server.turn_bytes
         for index, request in enumerate(requests):
             if used_bytes + self._ready_bytes + index * AtOnce.REQUEST_BYTES >= turn_bytes:
-                self._send()
+                self._send(has_more=True)
                 self._leave(requests[index:])
                 self._await_turn()
                 break
@@ -397,18 +397,14 @@ class Connection:
         """Ends the connection in a while: if all is answered by then, else if its client has read nothing since."""
         if self._last_replies is not None:
             self._last_replies.cancel()
-        taken = self._taken_bytes()
+        taken = self.stream.taken_bytes
         self._last_replies = asyncio.get_running_loop().call_later(STOP_GRACE_S, self._end_time_to_read, taken)
 
     def _end_time_to_read(self, taken: int) -> None:
-        if not self._closing and (self._in_flight or self._taken_bytes() != taken):
+        if not self._closing and (self._in_flight or self.stream.taken_bytes != taken):
             self._give_time_to_read()
         else:
             self.stream.abort()
-
-    def _taken_bytes(self) -> int:
-        """How much of what was sent the kernel has taken."""
-        return self.stream.sent_bytes - self.stream.queued_bytes
 
     async def _answer(self, request: Request, tried: bool) -> None:
         codec = self._codec
@@ -474,13 +470,16 @@ class Connection:
         context = {"message": "a request failed in a way it must not", "exception": error}
         asyncio.get_running_loop().call_exception_handler(context)
 
-    def _send(self) -> None:
+    def _send(self, *, has_more: bool = False) -> None:
+        """Sends what is ready: what is long aside, where there is more to be done meanwhile."""
         outgoing = self._codec.outgoing
         if outgoing:
             self._ready_bytes = 0
+            aside = False
             if self._has_spares:
                 self._note_spares(outgoing)
-            self.stream.send(outgoing)
+                aside = (has_more or self.stream.sends_aside) and self._server.may_send_aside
+            self.stream.send(outgoing, aside=aside)
             outgoing.clear()
             if self._sending:
                 self._spare()
@@ -495,7 +494,7 @@ class Connection:
 
     def _spare(self) -> None:
         """Gives the buffers back that the kernel has taken."""
-        sending, taken = self._sending, self._taken_bytes()
+        sending, taken = self._sending, self.stream.taken_bytes
         while sending and sending[0][0] <= taken:
             spares.give(sending.popleft()[1])
 

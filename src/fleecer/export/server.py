@@ -168,6 +168,14 @@ class Server:
         self.turn_bytes = TURN_BYTES if self._short_turns else LONG_TURN_BYTES
         self._short_turns = max(0, self._short_turns - 1)
 
+    @property
+    def may_send_aside(self) -> bool:
+        """Whether a worker of the kernel's may send, while there is more to do here.
+
+        Where turns are kept short for somebody, it could be his processor that the worker takes for so long.
+        """
+        return self.turn_bytes >= LONG_TURN_BYTES
+
     def make_way(self) -> None:
         """Keeps the next turns very short, for somebody who needs several, one after the other, to get one thing done.
 

@@ -105,7 +105,7 @@ class NbdClient:
         cookie = self._codec.write(offset, data)
         end = self._stream.sent_bytes + sum(map(len, self._codec.outgoing))
         await self._reply(cookie)
-        if end > self._stream.sent_bytes - self._stream.queued_bytes:
+        if end > self._stream.taken_bytes:
             # What is not sent yet would be sent as it is by then, and whoever wrote may use the memory again.
             self._lose(RemoteProtocolError("a write was answered before all of it was sent"))
             self._stream.abort()

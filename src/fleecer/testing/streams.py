@@ -2,7 +2,8 @@
 
 As with a socket there is room for a bounded number of bytes on the way ("in the kernel"); what does not fit waits at
 the sender and shows in `queued_bytes` until the receiver takes something. Delivery is by the event loop, never from
-inside a call to a stream.
+inside a call to a stream. What is sent aside stays where it is for some turns of the loop, and leaves as it is by then:
+whoever changes it too early will see.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class _Pipe:
 class MemoryStream(Stream):
     """One end. Made by `memory_streams`. `send_count` tells how often something was sent here."""
 
-    def __init__(self, peer: str, outward: _Pipe, inward: _Pipe, piece_bytes: int) -> None:
+    def __init__(self, peer: str, outward: _Pipe, inward: _Pipe, piece_bytes: int, aside_turns: int) -> None:
         self.peer = peer
         self.queued_bytes = 0
         self.send_count = 0
@@ -46,6 +47,10 @@ class MemoryStream(Stream):
         self._outward = outward
         self._inward = inward
         self._piece_bytes = piece_bytes
+        self._aside_turns = aside_turns
+        self._aside: list[memoryview] = []
+        self._aside_at = 0
+        self._end_error: IoError | None = None
         self._loop = asyncio.get_running_loop()
         self._receiver: Receiver | None = None
         self._queue: collections.deque[memoryview] = collections.deque()
@@ -71,22 +76,52 @@ class MemoryStream(Stream):
             self._paused = False
             self._deliver_soon()
 
-    def send(self, pieces: Sequence[Buffer]) -> None:
+    @property
+    def taken_bytes(self) -> int:
+        """See `Stream.taken_bytes`."""
+        return self._aside_at if self._aside else self.sent_bytes - self.queued_bytes
+
+    @property
+    def sends_aside(self) -> bool:
+        """See `Stream.sends_aside`."""
+        return bool(self._aside)
+
+    def send(self, pieces: Sequence[Buffer], *, aside: bool = False) -> None:
         """See `Stream.send`."""
         if self._ended or self._closing:
             return
         self.send_count += 1
+        if aside and self._aside_turns and not self._queue and not self._aside:
+            self._aside = [memoryview(piece) for piece in pieces]
+            self._aside_at = self.sent_bytes
+            self.sent_bytes += sum(map(len, pieces))
+            self._loop.call_soon(self._send_aside, self._aside_turns)
+            return
         for piece in pieces:
             self._queue.append(memoryview(piece))
             self.queued_bytes += len(piece)
             self.sent_bytes += len(piece)
-        self._push()
+        if not self._aside:
+            self._push()
+
+    def _send_aside(self, turns: int) -> None:
+        """What is sent aside leaves `turns` turns from now."""
+        if turns:
+            self._loop.call_soon(self._send_aside, turns - 1)
+            return
+        pieces, self._aside = self._aside, []
+        if self._ended:
+            self._tell_end()
+            return
+        self._queue.extendleft(reversed(pieces))
+        self.queued_bytes += sum(map(len, pieces))
+        self._have_room()
 
     def close(self) -> None:
         """See `Stream.close`."""
         if not self._ended and not self._closing:
             self._paused = self._closing = True
-            if not self._queue:
+            if not self._queue and not self._aside:
                 self._end(None)
 
     def abort(self) -> None:
@@ -112,7 +147,7 @@ class MemoryStream(Stream):
 
     def _have_room(self) -> None:
         """The other end has taken something, or is gone."""
-        if self._ended or not self._queue:
+        if self._ended or self._aside or not self._queue:
             return
         self._push()
         if self._ended or self._queue:
@@ -160,16 +195,25 @@ class MemoryStream(Stream):
         self._inward.held.clear()
         self._outward.on_change()
         self._loop.call_soon(self._inward.on_room)
+        self._end_error = error
+        if not self._aside:
+            self._loop.call_soon(self._tell_end)
+
+    def _tell_end(self) -> None:
         if self._receiver is not None:
-            self._loop.call_soon(self._receiver.closed, error)
+            self._receiver.closed(self._end_error)
 
 
 def memory_streams(
-    *, buffer_bytes: int = BUFFER_BYTES, piece_bytes: int = 1 << 30
+    *, buffer_bytes: int = BUFFER_BYTES, piece_bytes: int = 1 << 30, aside_turns: int = 1
 ) -> tuple[MemoryStream, MemoryStream]:
     """Two ends of one connection.
 
-    `buffer_bytes` may be on the way in each direction; a receiver gets at most `piece_bytes` at a time.
+    `buffer_bytes` may be on the way in each direction; a receiver gets at most `piece_bytes` at a time. What is sent
+    aside leaves after `aside_turns` turns of the loop; with 0 nothing is.
     """
     one, other = _Pipe(buffer_bytes), _Pipe(buffer_bytes)
-    return MemoryStream("right end", one, other, piece_bytes), MemoryStream("left end", other, one, piece_bytes)
+    return (
+        MemoryStream("right end", one, other, piece_bytes, aside_turns),
+        MemoryStream("left end", other, one, piece_bytes, aside_turns),
+    )

@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import errno
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
 
 import pytest
@@ -19,6 +19,7 @@ from fleecer.export import Export, connection
 from fleecer.export.connection import PART_BYTES
 from fleecer.export.server import HURRY_REQUESTS, LONG_TURN_BYTES, SHORT_TURNS, WAY_TURN_BYTES, WAY_TURNS
 from fleecer.ranges import Buffer
+from fleecer.testing.streams import MemoryStream
 from fleecer.units import KiB, MiB
 from fleecer.wire.nbd import Request
 from fleecer.wire.nbd import constants as nbd
@@ -393,6 +394,58 @@ async def test_who_asks_for_one_turn_at_a_time_has_long_ones_too(big: Serving) -
     while not any(greedy.served):
         await greedy.turn()
     assert greedy.served[-1] == LONG_TURN_BYTES
+
+
+def watched(stream: MemoryStream) -> list[bool]:
+    """Whether each send of 64 KiB and more was one that may go aside, from now on."""
+    asides: list[bool] = []
+    send = stream.send
+
+    def watch(pieces: Sequence[Buffer], *, aside: bool = False) -> None:
+        if sum(map(len, pieces)) >= 64 * KiB:
+            asides.append(aside)
+        send(pieces, aside=aside)
+
+    stream.send = watch  # type: ignore[method-assign]
+    return asides
+
+
+async def test_long_replies_go_aside_while_there_is_more_to_do(big: Serving) -> None:
+    client = await big.client(buffer_bytes=64 * MiB)
+    asides = watched(big.server_stream)
+    greedy = Greedy(big, [client])
+    for _ in range(SHORT_TURNS + 1):  # from the handshake on turns are short
+        greedy.ask(1)
+        await greedy.all_answered()
+    assert not any(asides), "there was nothing else to do"
+    asides.clear()
+    for _ in range(3):
+        greedy.ask(24)
+        await greedy.all_answered()
+    assert asides[0]
+    assert asides.count(True) >= 3 * 5
+    for number, reply in enumerate(client.replies):
+        at = 0 if number <= SHORT_TURNS else (number - SHORT_TURNS - 1) % 24 * 256 * KiB
+        assert reply.data == big.data[at : at + 256 * KiB], f"reply {number} was changed before it was sent"
+
+
+async def test_nothing_goes_aside_where_turns_are_kept_short_for_somebody(big: Serving, greedy: Greedy) -> None:
+    small = await big.client()
+    asides = [watched(client.stream) for client in big.server.clients()]  # type: ignore[arg-type]
+    greedy.ask(8)
+    await greedy.all_answered()
+    assert any(map(any, asides))
+    cookie = small.codec.read(0, 512)
+    small.send()
+    await small.reply(cookie)
+    greedy.ask(1)  # with this turn the server hears of it
+    await greedy.all_answered()
+    for one in asides:
+        one.clear()
+    greedy.ask(SHORT_TURNS // 4)
+    await greedy.all_answered()
+    assert any(asides)
+    assert not any(map(any, asides))
 
 
 async def test_turns_are_short_for_somebody_who_asks_for_a_little_beside_somebody_busy(
