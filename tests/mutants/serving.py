@@ -367,12 +367,11 @@ MUTANTS = [
         "ended-while-the-kernel-sends",
         _STREAM,
         """
-        if not self._aside:
-            self._loop.call_soon(self._tell_end)
-""",
+        if self._aside:
+            with contextlib""",
         """
-        self._loop.call_soon(self._tell_end)
-""",
+        if False:
+            with contextlib""",
         "a stream has ended when the memory of what it sent is free",
         tests=_SENDS_TESTS,
     ),
@@ -386,6 +385,52 @@ MUTANTS = [
         rest = _after(pieces, max(0, result)) if result < 0 else []
 """,
         "what the kernel had no room for is sent next",
+        tests=_SENDS_TESTS,
+    ),
+    Mutant(
+        "number-free-while-the-kernel-sends",
+        _STREAM,
+        """
+                sock.shutdown(socket.SHUT_RDWR)
+""",
+        """
+                sock.close()
+""",
+        "what was for one client reaches no other: its socket keeps its number until the kernel has sent",
+        tests=_SENDS_TESTS,
+    ),
+    Mutant(
+        "ring-used-untried",
+        _SENDS,
+        """
+        self._is_refused = self._is_refused or result != -errno.EAGAIN
+""",
+        "",
+        "no reply is entrusted to a ring that has no workers",
+        tests=_SENDS_TESTS,
+    ),
+    Mutant(
+        "trial-closed-while-it-goes-on",
+        _SENDS,
+        """
+        if not self._users and self._ring is not None and self._trial is None:
+""",
+        """
+        if not self._users and self._ring is not None:
+""",
+        "the sockets of a trial keep their numbers until it has ended",
+        tests=_SENDS_TESTS,
+    ),
+    Mutant(
+        "failed-worker-asked-again",
+        _SENDS,
+        """
+                self._is_refused = True
+            loop.call_soon""",
+        """
+                pass
+            loop.call_soon""",
+        "where workers fail, the loop sends",
         tests=_SENDS_TESTS,
     ),
     Mutant(

@@ -14,13 +14,19 @@ Invariants:
   that uses this has ended.
 - What was begun ends soon, as the kernel takes what there is room for and no more; `ended` is told once, in a later
   turn of the loop. Until then the memory of its pieces is the kernel's: the caller keeps it, and keeps it as it is.
+- Until then the caller keeps the descriptor open too: the worker looks at the number when it begins, and sends to
+  whatever has it by then.
 - At most one send of a socket is under way: its bytes have an order. Streams see to that.
+- Nothing is entrusted to a ring before it has ended a trial as it must, a send to a socket without room: where no
+  worker can be made nothing ends, or all that does has failed, and old kernels wait for room.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
+import errno
 import mmap
 import os
 import platform
@@ -30,13 +36,15 @@ import weakref
 from collections.abc import Callable, Sequence
 
 from fleecer.ranges import Buffer
-from fleecer.units import KiB
+from fleecer.units import KiB, MiB
 
 SWITCH_VARIABLE = "FLEECER_IO_URING"
 """`off` there means that the loop shall send itself."""
 
 BYTES_MIN = 128 * KiB
 """A worker that wakes for less costs as much as it saves."""
+BYTES_MAX = 1 * MiB + 64 * KiB
+"""What a stream holds of memory so, besides what waits in its queue: a long turn, with the heads of its replies."""
 PIECES_MAX = 64
 SENDS_MAX = 8
 """Under way at once; one less than there are processors, if that is less: one of them is the loop's."""
@@ -49,6 +57,8 @@ _SETUP, _ENTER = 425, 426
 _SENDMSG, _ASYNC = 9, 1 << 4
 _RINGS_AT, _ENTRIES_AT = 0, 0x1000_0000
 _ONE_MAPPING = 1
+_MESSAGE = struct.Struct("<7Q")  # struct msghdr
+_PIECE_COUNT, _PIECE_COUNT_AT = struct.Struct("<Q"), 24
 _PARAMETERS = struct.Struct("<2I3I I I3I 10I 10I")
 _ENTRY = struct.Struct("<BBHiQQIIQQQQ")
 _COMPLETION = struct.Struct("<QiI")
@@ -56,23 +66,30 @@ _COMPLETION = struct.Struct("<QiI")
 _syscall = ctypes.PyDLL(None, use_errno=True).syscall  # neither waits, so the interpreter need not be let go of
 _syscall.restype = ctypes.c_long
 
+_OF_SOCKETS = frozenset({errno.EAGAIN, errno.EINTR, errno.EPIPE, errno.ECONNRESET, errno.ENOTCONN})
+"""What sockets fail with; all else says that there are no workers for us."""
+
 _Ended = Callable[[int], None]
+
+
+def _address(memory: Buffer) -> int:
+    """Where it is. Raises TypeError where it cannot be written, as Python does not tell then."""
+    return ctypes.addressof(ctypes.c_char.from_buffer(memory))
 
 
 class _Slot:
     """What the kernel is told of one send: struct msghdr, and what it points to."""
 
-    __slots__ = ("address", "ended", "heads", "heads_address", "message", "vector", "vector_memory")
+    __slots__ = ("address", "ended", "heads", "heads_address", "message", "vector")
 
     def __init__(self) -> None:
-        self.heads = bytearray(PIECES_MAX * _COPIED_MAX)
-        self.heads_address = ctypes.addressof(ctypes.c_char.from_buffer(self.heads))
-        self.vector_memory = bytearray(PIECES_MAX * 16)
-        self.vector = memoryview(self.vector_memory).cast("Q")
-        self.message = bytearray(7 * 8)
-        self.address = ctypes.addressof(ctypes.c_char.from_buffer(self.message))
-        vector_address = ctypes.addressof(ctypes.c_char.from_buffer(self.vector_memory))
-        struct.pack_into("<7Q", self.message, 0, 0, 0, vector_address, 0, 0, 0, 0)
+        # Views, as what somebody views cannot be moved.
+        self.heads = memoryview(bytearray(PIECES_MAX * _COPIED_MAX))
+        self.heads_address = _address(self.heads)
+        self.vector = memoryview(bytearray(PIECES_MAX * 16)).cast("Q")
+        self.message = memoryview(bytearray(_MESSAGE.size))
+        self.address = _address(self.message)
+        _MESSAGE.pack_into(self.message, 0, 0, 0, _address(self.vector), 0, 0, 0, 0)
         self.ended: _Ended | None = None
 
     def fill(self, pieces: Sequence[Buffer]) -> bool:
@@ -86,11 +103,11 @@ class _Slot:
                 used += length
             else:
                 try:
-                    vector[2 * index] = ctypes.addressof(ctypes.c_char.from_buffer(piece))
+                    vector[2 * index] = _address(piece)
                 except TypeError:
                     return False
             vector[2 * index + 1] = length
-        struct.pack_into("<Q", self.message, 24, len(pieces))
+        _PIECE_COUNT.pack_into(self.message, _PIECE_COUNT_AT, len(pieces))
         return True
 
 
@@ -178,6 +195,7 @@ class Sends:
         self._slots = [_Slot() for _ in range(limit)]
         self._free = list(range(limit))
         self._ring: _Ring | None = None
+        self._trial: tuple[socket.socket, socket.socket] | None = None  # while it goes on
         self._is_refused = False
 
     def enter(self) -> None:
@@ -187,10 +205,7 @@ class Sends:
     def leave(self) -> None:
         """A stream has ended, and so have its sends."""
         self._users -= 1
-        if not self._users and self._ring is not None:
-            asyncio.get_running_loop().remove_reader(self._ring.fd)
-            self._ring.close()
-            self._ring = None
+        self._close_unused()
 
     def begin(self, fd: int, pieces: Sequence[Buffer], ended: _Ended) -> bool:
         """Begins what sendmsg(2) does with these pieces, without waiting for room.
@@ -200,8 +215,11 @@ class Sends:
         """
         if not self._free or len(pieces) > PIECES_MAX:
             return False
-        ring = self._ring or self._open()
+        if self._is_refused or self._trial is not None:
+            return False
+        ring = self._ring
         if ring is None:
+            self._open()
             return False
         number = self._free[-1]
         slot = self._slots[number]
@@ -211,17 +229,36 @@ class Sends:
         slot.ended = ended
         return True
 
-    def _open(self) -> _Ring | None:
-        if self._is_refused:
-            return None
+    def _open(self) -> None:
+        """Asks for a ring, and begins to try it."""
         try:
-            ring = _Ring(len(self._slots))
+            self._ring = ring = _Ring(len(self._slots))
+            self._trial = ours, _ = _full_sockets()
         except OSError:
             self._is_refused = True
-            return None
+            return
         asyncio.get_running_loop().add_reader(ring.fd, self._collect)
-        self._ring = ring
-        return ring
+        number = self._free.pop()
+        slot = self._slots[number]
+        slot.fill([b"?"])
+        slot.ended = self._tried
+        if not ring.begin(ours.fileno(), slot.address, number):
+            self._free.append(number)
+            self._tried(-errno.EBUSY)
+
+    def _tried(self, result: int) -> None:
+        """The trial has ended; its sockets are not closed before, as for all sends."""
+        self._is_refused = self._is_refused or result != -errno.EAGAIN
+        for sock in self._trial or ():
+            sock.close()
+        self._trial = None
+        self._close_unused()
+
+    def _close_unused(self) -> None:
+        if not self._users and self._ring is not None and self._trial is None:
+            asyncio.get_running_loop().remove_reader(self._ring.fd)
+            self._ring.close()
+            self._ring = None
 
     def _collect(self) -> None:
         if self._ring is None:
@@ -232,7 +269,20 @@ class Sends:
             ended, slot.ended = slot.ended, None
             self._free.append(number)
             assert ended is not None, "the kernel told of a send that was not begun"
+            if result < 0 and -result not in _OF_SOCKETS:
+                self._is_refused = True
             loop.call_soon(ended, result)
+
+
+def _full_sockets() -> tuple[socket.socket, socket.socket]:
+    """Two that are connected, the first of which has no room for more."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 1)  # the least there is
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            ours.send(bytes(4 * KiB))
+    return ours, theirs
 
 
 _sends: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Sends] = weakref.WeakKeyDictionary()

@@ -20,14 +20,14 @@ from __future__ import annotations
 import abc
 import asyncio
 import collections
+import contextlib
 import errno
-import os
 import socket
 from collections.abc import Sequence
 from typing import Protocol
 
 from fleecer.errors import IoError
-from fleecer.net.sends import BYTES_MIN, sends_of
+from fleecer.net.sends import BYTES_MAX, BYTES_MIN, sends_of
 from fleecer.net.unixpath import check_socket_path
 from fleecer.polling import polling_of
 from fleecer.ranges import Buffer
@@ -122,13 +122,15 @@ class SocketStream(Stream):
         self._fd = sock.fileno()
         self._loop = asyncio.get_running_loop()
         self._polling = polling_of(self._loop)
-        self._sends = sends_of(self._loop)
+        # Not of TCP: while a worker copies there, the loop cannot receive.
+        self._sends = sends_of(self._loop) if sock.family == socket.AF_UNIX else None
         if self._sends is not None:
             self._sends.enter()
         self._aside: Sequence[Buffer] = ()  # what a worker of the kernel's sends
         self._aside_at = 0  # where in the stream it begins
         self._next_aside = False  # whether what is queued may be sent so too: who sent last knows
         self._end: IoError | None = None  # of a stream that has ended, and waits for that worker
+        self._ended_sock: socket.socket | None = None  # which the worker may still look up by its number
         self._receiver: Receiver | None = None
         self._queue: collections.deque[Buffer] = collections.deque()
         self._paused = True
@@ -208,7 +210,7 @@ class SocketStream(Stream):
     def _send_aside(self, pieces: Sequence[Buffer], size: int) -> bool:
         """Has a worker of the kernel's send what is next, if that is worth while."""
         sends = self._sends
-        if sends is None or size < BYTES_MIN or not sends.begin(self._fd, pieces, self._sent_aside):
+        if sends is None or not BYTES_MIN <= size <= BYTES_MAX or not sends.begin(self._fd, pieces, self._sent_aside):
             return False
         self._aside, self._aside_at = tuple(pieces), self.sent_bytes - self.queued_bytes
         return True
@@ -219,9 +221,7 @@ class SocketStream(Stream):
         if sock is None:
             self._tell_end()
             return
-        if result < 0 and result not in (-errno.EAGAIN, -errno.EINTR):
-            self._end_soon(self._failure("send", OSError(-result, os.strerror(-result))))
-            return
+        # Where the worker has failed, the loop sends, and hears whether that is the socket's fault.
         rest = _after(pieces, max(0, result))
         if rest:
             self._queue.extendleft(reversed(rest))
@@ -355,13 +355,18 @@ class SocketStream(Stream):
             self._lingering.cancel()
         self._queue.clear()
         self.queued_bytes = 0
-        sock.close()
-        self._end = error
-        if not self._aside:
+        self._end, self._ended_sock = error, sock
+        if self._aside:
+            with contextlib.suppress(OSError):  # it may be gone already
+                sock.shutdown(socket.SHUT_RDWR)
+        else:
+            sock.close()
             self._loop.call_soon(self._tell_end)
 
     def _tell_end(self) -> None:
-        """The socket is closed, and the memory of what was sent free."""
+        """The memory of what was sent is free, and so is the number of the socket."""
+        if self._ended_sock is not None:
+            self._ended_sock.close()
         if self._sends is not None:
             self._sends.leave()
         if self._receiver is not None:

@@ -91,7 +91,7 @@ class MemoryStream(Stream):
         if self._ended or self._closing:
             return
         self.send_count += 1
-        if aside and self._aside_turns and not self._queue and not self._aside:
+        if aside and pieces and self._aside_turns and not self._queue and not self._aside:
             self._aside = [memoryview(piece) for piece in pieces]
             self._aside_at = self.sent_bytes
             self.sent_bytes += sum(map(len, pieces))

@@ -26,7 +26,7 @@ import uvloop
 from tests.unit.net.test_stream import Collector, turns
 
 from fleecer.net import sends
-from fleecer.net.sends import BYTES_MIN, PIECES_MAX, SENDS_MAX, SWITCH_VARIABLE, sends_of
+from fleecer.net.sends import BYTES_MAX, BYTES_MIN, PIECES_MAX, SENDS_MAX, SWITCH_VARIABLE, sends_of
 from fleecer.net.stream import SocketStream
 from fleecer.units import KiB, MiB
 
@@ -34,16 +34,19 @@ LONG = BYTES_MIN
 
 
 class StandIn:
-    """Behaves as `_Ring`, and sends when it is told to. `most` is what it takes of a message."""
+    """Behaves as `_Ring`, and sends when it is told to, but for a trial, of which `trial` is the result; with None that
+    does not end. `most` is what it takes of a message."""
 
     made: list[StandIn]
     refuses = False
+    trial: int | None = -errno.EAGAIN
 
     def __init__(self, entries: int) -> None:
         self.entries = entries
         self.fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        self.begun: collections.deque[tuple[socket.socket, int, int]] = collections.deque()
+        self.begun: collections.deque[tuple[int, int, int]] = collections.deque()
         self.most = 1 << 30
+        self._is_trial = True
         self._closed = False
         self._done: list[tuple[int, int]] = []
         self.made.append(self)
@@ -51,23 +54,26 @@ class StandIn:
     def begin(self, fd: int, message_address: int, number: int) -> bool:
         if self.refuses:
             return False
-        # As the kernel does, it has the socket to itself until it is done, even if the descriptor is closed.
-        self.begun.append((socket.socket(fileno=os.dup(fd)), message_address, number))
+        self.begun.append((fd, message_address, number))
         assert len(self.begun) <= self.entries
+        if self._is_trial:
+            self._is_trial = False
+            if self.trial is not None:
+                self.end(self.trial)
         return True
 
     def end(self, result: int | None = None) -> None:
         """Ends the oldest send, with `result` or by what the socket takes."""
-        sock, message_address, number = self.begun.popleft()
-        with sock:
-            if result is None:
-                _, _, vector, count, *_ = struct.unpack("<7Q", ctypes.string_at(message_address, 56))
-                ranges = struct.iter_unpack("<QQ", ctypes.string_at(vector, 16 * count))
-                message = b"".join(ctypes.string_at(address, length) for address, length in ranges)
-                try:
+        fd, message_address, number = self.begun.popleft()
+        if result is None:
+            _, _, vector, count, *_ = struct.unpack("<7Q", ctypes.string_at(message_address, 56))
+            ranges = struct.iter_unpack("<QQ", ctypes.string_at(vector, 16 * count))
+            message = b"".join(ctypes.string_at(address, length) for address, length in ranges)
+            try:
+                with socket.socket(fileno=os.dup(fd)) as sock:  # as the kernel, it looks at the number only now
                     result = sock.send(message[: self.most], socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-                except OSError as error:
-                    result = -(error.errno or errno.EIO)
+            except OSError as error:
+                result = -(error.errno or errno.EIO)
         self._done.append((number, result))
         os.eventfd_write(self.fd, 1)
 
@@ -134,9 +140,10 @@ class Pair:
 
     async def read_exactly(self, count: int) -> bytes:
         found = bytearray()
-        while len(found) < count:
-            found += self.read()
-            await asyncio.sleep(0)
+        async with asyncio.timeout(20):
+            while len(found) < count:
+                found += self.read()
+                await asyncio.sleep(0.001)
         return bytes(found)
 
     async def over(self) -> None:
@@ -147,6 +154,20 @@ class Pair:
 
 def long(seed: int, length: int = LONG) -> bytearray:
     return bytearray(random.Random(seed).randbytes(length))
+
+
+async def tried_pair() -> Pair:
+    """A pair, after the trial of the ring."""
+    pair, other = Pair(), Pair()
+    other.stream.send([long(0)], aside=True)
+    assert other.read() == long(0), "it was sent aside before there was a trial"
+    own = sends_of(asyncio.get_running_loop())
+    assert own is not None
+    async with asyncio.timeout(20):
+        while own._trial is not None:
+            await asyncio.sleep(0.001)
+    await other.over()
+    return pair
 
 
 # On the kernel itself.
@@ -167,12 +188,12 @@ def test_what_the_kernel_sends_aside_arrives_in_its_place_and_its_memory_is_used
     monkeypatch.setattr(sends._Ring, "begin", counted)
 
     async def scenario() -> None:
-        pair = Pair()
+        pair = await tried_pair()
         stream = pair.stream
         generator = random.Random(1)
         expected, found = bytearray(), bytearray()
         used: collections.deque[tuple[int, list[bytearray]]] = collections.deque()
-        for _ in range(60):
+        for _ in range(200):
             pieces = [
                 bytearray(generator.randbytes(generator.choice((16, 28, 65, 4096, 64 * KiB, 300 * KiB))))
                 for _ in range(generator.randrange(1, 8))
@@ -186,9 +207,7 @@ def test_what_the_kernel_sends_aside_arrives_in_its_place_and_its_memory_is_used
             while used and used[0][0] <= stream.taken_bytes:  # as whoever uses the memory again does
                 for piece in used.popleft()[1]:
                     piece[:] = bytes(len(piece))
-        while len(found) < len(expected):
-            found += pair.read()
-            await asyncio.sleep(0)
+        found += await pair.read_exactly(len(expected) - len(found))
         assert found == expected
         await turns()
         assert stream.taken_bytes == stream.sent_bytes == len(expected)
@@ -204,7 +223,7 @@ def test_a_stream_that_ends_while_the_kernel_sends_leaves_nothing_behind(runner:
     async def scenario() -> None:
         before = set(os.listdir("/proc/self/fd"))
         for number in range(20):
-            pair = Pair()
+            pair = await tried_pair()
             pair.stream.send([long(number, 1 * MiB)], aside=True)
             assert pair.stream.taken_bytes == 0
             if number % 2:
@@ -218,7 +237,7 @@ def test_a_stream_that_ends_while_the_kernel_sends_leaves_nothing_behind(runner:
 @pytest.mark.usefixtures("kernels_own")
 def test_a_message_to_who_is_gone_ends_the_stream_with_an_error(runner: asyncio.Runner) -> None:
     async def scenario() -> None:
-        pair = Pair()
+        pair = await tried_pair()
         pair.stream.pause()  # so that the end is not read
         pair.peer.close()
         pair.stream.send([long(1)], aside=True)
@@ -230,9 +249,27 @@ def test_a_message_to_who_is_gone_ends_the_stream_with_an_error(runner: asyncio.
 
 
 @pytest.mark.usefixtures("kernels_own")
+def test_what_was_for_who_is_gone_reaches_nobody_else(runner: asyncio.Runner) -> None:
+    async def scenario() -> None:
+        first = await tried_pair()
+        for number in range(300):
+            gone = Pair()
+            gone.stream.send([long(number)], aside=True)
+            gone.stream.abort()
+            pair = Pair()  # which gets the same descriptors, if they are free
+            await gone.end.ended()
+            assert pair.read() == b""
+            gone.peer.close()
+            await pair.over()
+        await first.over()
+
+    runner.run(scenario())
+
+
+@pytest.mark.usefixtures("kernels_own")
 def test_who_does_not_read_holds_no_worker(runner: asyncio.Runner) -> None:
     async def scenario() -> None:
-        pair, other = Pair(), Pair()
+        pair, other = await tried_pair(), Pair()
         data = long(1, 16 * MiB)
         pair.stream.send([data], aside=True)
         async with asyncio.timeout(20):
@@ -255,7 +292,7 @@ def test_memory_counts_as_taken_when_the_kernel_says_so_and_not_before(
     runner: asyncio.Runner, rings: list[StandIn]
 ) -> None:
     async def scenario() -> None:
-        pair = Pair()
+        pair = await tried_pair()
         stream = pair.stream
         stream.send([b"before"])
         first, second = long(1), long(2)
@@ -287,7 +324,7 @@ def test_memory_counts_as_taken_when_the_kernel_says_so_and_not_before(
 @pytest.mark.parametrize("most", [1, 4, 5, 70_000, LONG + 3])
 def test_what_the_kernel_had_no_room_for_follows(runner: asyncio.Runner, rings: list[StandIn], most: int) -> None:
     async def scenario() -> None:
-        pair = Pair()
+        pair = await tried_pair()
         first = long(1)
         pair.stream.send([b"head", first], aside=True)
         pair.stream.send([b"tail"])
@@ -304,7 +341,7 @@ def test_what_the_kernel_had_no_room_for_follows(runner: asyncio.Runner, rings: 
 
 def test_a_socket_without_room_is_waited_for(runner: asyncio.Runner, rings: list[StandIn]) -> None:
     async def scenario() -> None:
-        pair = Pair()
+        pair = await tried_pair()
         first = long(1)
         pair.stream.send([first], aside=True)
         rings[0].end(-errno.EAGAIN)
@@ -314,9 +351,72 @@ def test_a_socket_without_room_is_waited_for(runner: asyncio.Runner, rings: list
     runner.run(scenario())
 
 
-def test_close_waits_for_what_is_sent_aside(runner: asyncio.Runner, rings: list[StandIn]) -> None:
+@pytest.mark.parametrize("error", [errno.ECANCELED, errno.EINVAL, errno.ENOMEM, errno.EBADF])
+def test_where_a_worker_fails_the_loop_sends_and_asks_it_no_more(
+    runner: asyncio.Runner, rings: list[StandIn], error: int
+) -> None:
+    async def scenario() -> None:
+        pair = await tried_pair()
+        pair.stream.send([long(1)], aside=True)
+        rings[0].end(-error)
+        assert await pair.read_exactly(LONG) == long(1)
+        await turns()
+        pair.stream.send([long(2)], aside=True)
+        assert not rings[0].begun
+        assert pair.read() == long(2)
+        assert not pair.end.endings
+        await pair.over()
+
+    runner.run(scenario())
+
+
+@pytest.mark.parametrize("error", [errno.EPIPE, errno.EAGAIN])
+def test_what_is_a_sockets_own_fault_is_not_the_workers(
+    runner: asyncio.Runner, rings: list[StandIn], error: int
+) -> None:
+    async def scenario() -> None:
+        other, pair = await tried_pair(), Pair()
+        pair.stream.send([long(1)], aside=True)
+        rings[0].end(-error)
+        await turns()
+        other.stream.send([long(2)], aside=True)
+        assert len(rings[0].begun) == 1
+        rings[0].end()
+        await turns()
+        assert other.read() == long(2)
+        await pair.over()
+        await other.over()
+
+    runner.run(scenario())
+
+
+@pytest.mark.parametrize("result", [None, 1, -errno.ECANCELED, -errno.EINVAL])
+def test_a_ring_that_fails_its_trial_is_not_used(
+    runner: asyncio.Runner, rings: list[StandIn], monkeypatch: pytest.MonkeyPatch, result: int | None
+) -> None:
+    monkeypatch.setattr(StandIn, "trial", result)
+
     async def scenario() -> None:
         pair = Pair()
+        for number in range(3):
+            pair.stream.send([long(number)], aside=True)
+            assert pair.read() == long(number)
+            await turns()
+            assert len(rings[0].begun) == (result is None)
+        await pair.over()
+        assert len(rings) == 1
+        assert rings[0].is_closed() == (result is not None), "a trial that goes on needs its ring"
+        if result is None:
+            rings[0].end(-errno.EAGAIN)
+            await turns()
+            assert rings[0].is_closed()
+
+    runner.run(scenario())
+
+
+def test_close_waits_for_what_is_sent_aside(runner: asyncio.Runner, rings: list[StandIn]) -> None:
+    async def scenario() -> None:
+        pair = await tried_pair()
         first, second = long(1), long(2)
         pair.stream.send([first], aside=True)
         pair.stream.send([second], aside=True)
@@ -337,7 +437,7 @@ def test_close_waits_for_what_is_sent_aside(runner: asyncio.Runner, rings: list[
 
 def test_what_is_left_over_at_close_is_sent_before_the_end(runner: asyncio.Runner, rings: list[StandIn]) -> None:
     async def scenario() -> None:
-        pair = Pair()
+        pair = await tried_pair()
         first = long(1)
         pair.stream.send([first], aside=True)
         pair.stream.close()
@@ -355,7 +455,7 @@ def test_a_stream_that_is_aborted_has_not_ended_before_the_kernel_lets_go_of_its
     runner: asyncio.Runner, rings: list[StandIn], result: int | None
 ) -> None:
     async def scenario() -> None:
-        pair, other = Pair(), Pair()
+        pair, other = await tried_pair(), Pair()
         pair.stream.send([b"before"])
         pair.stream.send([long(1)], aside=True)
         pair.stream.send([b"after"])
@@ -363,6 +463,7 @@ def test_a_stream_that_is_aborted_has_not_ended_before_the_kernel_lets_go_of_its
         await turns()
         assert not pair.end.endings
         assert pair.stream.taken_bytes == 6, "the kernel still has all of it"
+        os.fstat(pair.stream._fd)  # nobody else can have the number
         rings[0].end(result)
         assert await pair.end.ended() is None
         assert not rings[0].is_closed(), "another stream may need it"
@@ -378,7 +479,7 @@ def test_a_buffer_is_held_until_it_is_sent_and_no_longer(runner: asyncio.Runner,
         pass
 
     async def scenario() -> None:
-        pair = Pair()
+        pair = await tried_pair()
         data = Held(long(1))
         seen = weakref.ref(data)
         pair.stream.send([data], aside=True)
@@ -401,7 +502,7 @@ def test_no_more_are_under_way_than_there_are_processors_to_spare(
 ) -> None:
     async def scenario(processors: int, limit: int) -> None:
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(processors)))
-        pairs = [Pair() for _ in range(limit + 1)]
+        pairs = [await tried_pair(), *(Pair() for _ in range(limit))]
         data = long(1)
         for pair in pairs:
             pair.stream.send([data], aside=True)
@@ -429,17 +530,19 @@ def test_no_more_are_under_way_than_there_are_processors_to_spare(
         [bytes(long(1))],
         [b"head", bytes(long(1)), bytearray(b"tail")],
         [long(1, LONG // PIECES_MAX)] * (PIECES_MAX + 1),
+        [long(1, BYTES_MAX), b"."],
     ],
-    ids=["too little", "read-only", "read-only in the middle", "too many"],
+    ids=["too little", "read-only", "read-only in the middle", "too many", "too much"],
 )
 def test_what_a_worker_cannot_send_or_not_gain_by_is_sent_at_once(
     runner: asyncio.Runner, rings: list[StandIn], pieces: list[bytes | bytearray]
 ) -> None:
     async def scenario() -> None:
-        pair = Pair()
+        pair = await tried_pair()
         pair.stream.send(pieces, aside=True)
-        assert pair.stream.taken_bytes == pair.stream.sent_bytes
-        assert pair.read() == b"".join(pieces)
+        assert not pair.stream.sends_aside
+        assert await pair.read_exactly(pair.stream.sent_bytes) == b"".join(pieces)
+        await turns()
         pair.stream.send([long(2)], aside=True)
         assert rings[0].begun, "the next one is sent aside"
         rings[0].end()
@@ -450,12 +553,26 @@ def test_what_a_worker_cannot_send_or_not_gain_by_is_sent_at_once(
     runner.run(scenario())
 
 
+async def test_over_tcp_the_loop_sends(rings: list[StandIn]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ours = socket.create_connection(listener.getsockname())
+        theirs, _ = listener.accept()
+    ours.setblocking(False)
+    with theirs:
+        stream = SocketStream(ours, "theirs")
+        stream.send([long(1)], aside=True)
+        assert theirs.recv(LONG, socket.MSG_WAITALL) == long(1)
+        stream.abort()
+        await turns()
+    assert not rings
+
+
 def test_what_is_not_said_to_go_aside_does_not(runner: asyncio.Runner, rings: list[StandIn]) -> None:
     async def scenario() -> None:
-        pair = Pair()
+        pair = await tried_pair()
         pair.stream.send([long(1)])
         assert pair.read() == long(1)
-        assert not rings
+        assert not rings[0].begun
         pair.stream.send([long(1)], aside=True)
         pair.stream.send([long(2)], aside=True)
         pair.stream.send([long(3)])
@@ -470,7 +587,7 @@ def test_what_is_not_said_to_go_aside_does_not(runner: asyncio.Runner, rings: li
 
 def test_where_the_kernel_takes_no_more_the_loop_sends(runner: asyncio.Runner, rings: list[StandIn]) -> None:
     async def scenario() -> None:
-        pair = Pair()
+        pair = await tried_pair()
         pair.stream.send([long(1)], aside=True)
         rings[0].end()
         await turns()
