@@ -172,7 +172,8 @@ class Serving:
 
     def __init__(self, size: int = SIZE, *, connections_max: int = 1024, strict: bool = True) -> None:
         self.graph = Graph()
-        self.server = Server(connections_max=connections_max, raise_internal_errors=strict)
+        self.clock: Callable[[], float] = lambda: 0.0
+        self.server = Server(connections_max=connections_max, raise_internal_errors=strict, clock=self.turn_clock)
         memory = MemoryNode("memory", random.Random(7).randbytes(size))
         self.data = memory.data
         self.graph.add(memory, named=True)
@@ -185,6 +186,10 @@ class Serving:
     def _note(self, loop: asyncio.AbstractEventLoop, context: dict[str, object]) -> None:
         error = context.get("exception")
         self.internal_errors.append(error if isinstance(error, BaseException) else RuntimeError(str(context)))
+
+    def turn_clock(self) -> float:
+        """What measures the server's turns; a test may put something else in the place of `clock`."""
+        return self.clock()
 
     def offer(self, name: str, *, writable: bool = True) -> Export:
         """One more export of the disk."""

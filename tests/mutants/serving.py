@@ -469,12 +469,36 @@ MUTANTS = [
         "aside-though-somebody-is-latency-bound",
         _SERVER,
         """
-        return self.turn_bytes >= LONG_TURN_BYTES
+        return self.turn_bytes >= LONG_TURN_BYTES and not self._shared_turns
 """,
         """
         return True
 """,
-        "no worker takes a processor while turns are kept short for somebody",
+        "no worker takes a processor while somebody else is there who asks for little",
+        tests=("tests/unit/export/test_connection.py",),
+    ),
+    Mutant(
+        "turns-at-once-without-limit",
+        _SERVER,
+        """
+        for _ in range(TURNS_MAX):
+""",
+        """
+        while True:
+""",
+        "who asks for much does not make up for all that others ever took at once",
+        tests=("tests/unit/export/test_connection.py",),
+    ),
+    Mutant(
+        "short-turns-at-once",
+        _SERVER,
+        """
+        if self.turn_bytes >= LONG_TURN_BYTES:
+            until_s""",
+        """
+        if True:
+            until_s""",
+        "who asks for little waits for one short turn",
         tests=("tests/unit/export/test_connection.py",),
     ),
 ]

@@ -143,7 +143,7 @@ async def unread(seed: int, disk_format: Format, scheme: str, change: str) -> by
     await world.write(0, 2 * SECTORS)
     held = await SCHEMES[scheme](world)
     old = bytes(await held.edge.pread(0, CLUSTER_BYTES))
-    server = Server(raise_internal_errors=True)
+    server = Server(raise_internal_errors=True, clock=asyncio.get_running_loop().time)
     server.add(Export("past", "past", held.edge))
     near, far = memory_streams(buffer_bytes=SECTOR_BYTES)
     server.serve(near)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import asyncio
 import collections
 import logging
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 
 from fleecer.errors import InUse, NotFound, UsageError, quoted
 from fleecer.export.connection import TURN_BYTES, Connection
@@ -24,6 +25,11 @@ from fleecer.wire.nbd import ExportInfo
 CONNECTIONS_MAX = 1024
 HANDSHAKE_TIMEOUT_S = 10.0
 LONG_TURN_BYTES = 1 * MiB
+SHARE = 2
+"""Long turns may take so many times the time of others: a guest that writes as fast as it can, to a slow file above
+all, would leave a copy next to nothing."""
+TURNS_MAX = 4
+"""Turns at once, whatever time others took."""
 SHORT_TURNS = 64
 """After others asked for a little: some 10 ms of turns."""
 WAY_TURN_BYTES = 32 * KiB
@@ -63,19 +69,28 @@ class Server:
     """All NBD serving of one daemon. Its parts are added and removed while it runs.
 
     `raise_internal_errors` gives a bug in answering a request to the loop's exception handler, besides the answer EIO:
-    for tests.
+    for tests. `clock` counts seconds.
     """
 
-    def __init__(self, *, connections_max: int = CONNECTIONS_MAX, raise_internal_errors: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        connections_max: int = CONNECTIONS_MAX,
+        raise_internal_errors: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         self.raise_internal_errors = raise_internal_errors
         self.listeners: list[Listener] = []
         self.connections_max = connections_max
+        self._clock = clock
         self._exports: dict[str, Export] = {}  # by id
         self._by_name: dict[str, Export] = {}
         self._connections: dict[Connection, asyncio.TimerHandle | None] = {}
         self.turn_bytes = TURN_BYTES  # how much of replies is a turn, as it is now
         self._little_asked: dict[Connection, int] = {}  # requests, since the last turn, of those who needed none
-        self._turns: collections.deque[Connection] = collections.deque()  # who goes on, one in each turn of the loop
+        self._turns: collections.deque[Connection] = collections.deque()  # who goes on, a few in each turn of the loop
+        self._turned_s = 0.0  # when the last turn ended, or somebody began to wait for one
+        self._shared_turns = 0  # how many more are taken as if somebody asked for little in between
         self._short_turns = 0  # how many more are kept short
         self._way_turns = 0  # how many more are kept shorter still
         self._notes_suppressed = 0
@@ -137,16 +152,30 @@ class Server:
         """Has `connection` go on once those have that asked before, and whoever asks for little."""
         self._turns.append(connection)
         if len(self._turns) == 1:
+            self._turned_s = self._clock()
             asyncio.get_running_loop().call_soon(self._next_turn)
 
     def _next_turn(self) -> None:
+        """Has one go on, or so many as make up for the time that others took since the last turn."""
         self.note_turn()
+        until_s = now_s = self._clock()
+        if self.turn_bytes >= LONG_TURN_BYTES:
+            until_s += SHARE * (now_s - self._turned_s)
         try:
-            self._turns[0].have_turn()
+            self._have_turns(until_s)
         finally:
-            self._turns.popleft()
+            self._turned_s = self._clock()
             if self._turns:
                 asyncio.get_running_loop().call_soon(self._next_turn)
+
+    def _have_turns(self, until_s: float) -> None:
+        for _ in range(TURNS_MAX):
+            try:
+                self._turns[0].have_turn()
+            finally:
+                self._turns.popleft()
+            if not self._turns or self._clock() >= until_s:
+                return
 
     def note_little(self, connection: Connection, count: int) -> None:
         """A connection asked for less than a turn, by `count` requests."""
@@ -160,7 +189,10 @@ class Server:
         """
         if self._little_asked:
             self._short_turns = SHORT_TURNS if min(self._little_asked.values()) <= HURRY_REQUESTS else 0
+            self._shared_turns = SHORT_TURNS
             self._little_asked.clear()
+        elif self._shared_turns:
+            self._shared_turns -= 1
         if self._way_turns:
             self._way_turns -= 1
             self.turn_bytes = WAY_TURN_BYTES
@@ -174,7 +206,7 @@ class Server:
 
         Where turns are kept short for somebody, it could be his processor that the worker takes for so long.
         """
-        return self.turn_bytes >= LONG_TURN_BYTES
+        return self.turn_bytes >= LONG_TURN_BYTES and not self._shared_turns
 
     def make_way(self) -> None:
         """Keeps the next turns very short, for somebody who needs several, one after the other, to get one thing done.

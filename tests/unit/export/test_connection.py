@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import errno
+import itertools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any
@@ -17,7 +18,15 @@ from fleecer.block.node import Extent
 from fleecer.errors import IoError, LocalProtocolError
 from fleecer.export import Export, connection
 from fleecer.export.connection import PART_BYTES
-from fleecer.export.server import HURRY_REQUESTS, LONG_TURN_BYTES, SHORT_TURNS, WAY_TURN_BYTES, WAY_TURNS
+from fleecer.export.server import (
+    HURRY_REQUESTS,
+    LONG_TURN_BYTES,
+    SHARE,
+    SHORT_TURNS,
+    TURNS_MAX,
+    WAY_TURN_BYTES,
+    WAY_TURNS,
+)
 from fleecer.ranges import Buffer
 from fleecer.testing.streams import MemoryStream
 from fleecer.units import KiB, MiB
@@ -383,6 +392,41 @@ async def test_turns_are_long_beside_somebody_who_is_kept_busy(big: Serving, gre
     await greedy.all_answered()
 
 
+async def test_as_many_long_turns_come_at_once_as_others_took_time(big: Serving, greedy: Greedy) -> None:
+    ticks = itertools.count()
+    greedy.ask(96)
+    await turns(3)
+    big.clock = lambda: next(ticks)  # each look at it takes a second: others had one, and each turn takes one
+    for _ in range(3):
+        await greedy.turn()
+    assert greedy.served[1:] == [SHARE * LONG_TURN_BYTES] * 2
+    big.clock = lambda: 0.0
+    await greedy.turn()
+    assert greedy.served[-1] == LONG_TURN_BYTES, "others had none"
+    await greedy.all_answered()
+
+
+async def test_turns_at_once_are_limited_and_never_come_while_they_are_kept_short(big: Serving, greedy: Greedy) -> None:
+    hurried, small = await big.client(), await big.client()
+    now_s = 0.0
+    big.clock = lambda: now_s
+    greedy.ask(160)
+    hurry(hurried)  # somebody else is there: nothing goes aside, which would hold connections up here
+    await turns(4)
+    for _ in range(3):
+        now_s += 1000.0
+        await greedy.turn()
+    assert greedy.served == [TURNS_MAX * LONG_TURN_BYTES] * 3
+    small.codec.read(0, 512)
+    small.send()
+    await turns(4)
+    for _ in range(3):
+        now_s += 1000.0
+        await greedy.turn()
+    assert greedy.served[-3:] == [connection.TURN_BYTES] * 3
+    await greedy.all_answered()
+
+
 async def test_who_asks_for_one_turn_at_a_time_has_long_ones_too(big: Serving) -> None:
     client = await big.client(buffer_bytes=64 * MiB)
     for _ in range(SHORT_TURNS + 1):  # from the handshake on turns are short
@@ -429,13 +473,15 @@ async def test_long_replies_go_aside_while_there_is_more_to_do(big: Serving) -> 
         assert reply.data == big.data[at : at + 256 * KiB], f"reply {number} was changed before it was sent"
 
 
-async def test_nothing_goes_aside_where_turns_are_kept_short_for_somebody(big: Serving, greedy: Greedy) -> None:
+@pytest.mark.parametrize("count", [1, HURRY_REQUESTS + 1])
+async def test_nothing_goes_aside_while_somebody_asks_for_little(big: Serving, greedy: Greedy, count: int) -> None:
     small = await big.client()
     asides = [watched(client.stream) for client in big.server.clients()]  # type: ignore[arg-type]
     greedy.ask(8)
     await greedy.all_answered()
     assert any(map(any, asides))
-    cookie = small.codec.read(0, 512)
+    for _ in range(count):
+        cookie = small.codec.read(0, 512)
     small.send()
     await small.reply(cookie)
     greedy.ask(1)  # with this turn the server hears of it

@@ -631,7 +631,7 @@ async def make_world(
         world.graph.add(world.node, named=True)
     world.own_nodes = world.graph.nodes()
     world.edge = world.graph.attach(world.node, "export 'disk'", "nbd", writable=True)
-    world.server = Server(raise_internal_errors=True) if over_nbd else None
+    world.server = Server(raise_internal_errors=True, clock=asyncio.get_running_loop().time) if over_nbd else None
     world.top = await world.door("disk", world.edge)
     world.side = await world.connect("disk", world.edge) if flushes else world.top
     return world
