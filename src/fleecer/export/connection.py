@@ -6,10 +6,11 @@ Invariants:
 - Replies made in one turn leave in one send, but for those to what was done at once, which go before. No request
   spans a send: a client that does not read holds no claim. Nor does a long read, each part of which is a request here;
   what of it has no room waits, in its place among the requests.
-- Memory is bounded: no request starts while `IN_FLIGHT_BYTES_MAX` bytes are in flight, or `QUEUED_BYTES_MAX` unsent.
+- Memory is bounded: no request starts while `IN_FLIGHT_BYTES_MAX` bytes are in flight, or `QUEUED_BYTES_MAX` queued;
+  besides, one long turn may be with a worker of the kernel's.
 - A connection that ends waits for its requests in flight; their replies are dropped, their effects are not.
-- Who asks for much has turns: after `TURN_BYTES` of replies others go first, and in each turn of the event loop one
-  connection goes on, by as much as the server allows it.
+- Who asks for much has turns: after `TURN_BYTES` of replies others go first, and in each turn of the event loop the
+  server has somebody go on, by as much as it allows.
 - A client that does not read delays nobody else, nor the end of its own connection by more than `STOP_GRACE_S`.
 """
 
