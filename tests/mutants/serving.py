@@ -340,11 +340,11 @@ MUTANTS = [
         _STREAM,
         """
         if self._queue or self._aside:
-            self.sent_bytes += size
+            self._enqueue(pieces)
 """,
         """
         if self._queue:
-            self.sent_bytes += size
+            self._enqueue(pieces)
 """,
         "bytes are sent in the order of send",
         tests=_SENDS_TESTS,

@@ -204,7 +204,7 @@ class Server:
     def may_send_aside(self) -> bool:
         """Whether a worker of the kernel's may send, while there is more to do here.
 
-        Where turns are kept short for somebody, it could be his processor that the worker takes for so long.
+        Where somebody else asks for little, it could be his processor that the worker takes for so long.
         """
         return self.turn_bytes >= LONG_TURN_BYTES and not self._shared_turns
 

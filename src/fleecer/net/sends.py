@@ -2,7 +2,7 @@
 
 Half of what a long read costs is that copy, and the loop has but one processor. A thread of ours would want the
 interpreter before and after each, which costs more than the copy; the kernel is asked for it through io_uring instead
-(sendmsg(2) with IOSQE_ASYNC, which never runs on the processor of who asks), and tells through one descriptor when it
+(sendmsg(2) with IOSQE_ASYNC, which never runs in the thread that asks), and tells through one descriptor when it
 is done. The ring is spoken to by its memory, as io_uring(7) has it, since the library that reads use (storage/ring.py)
 has no word for that flag.
 
@@ -213,9 +213,7 @@ class Sends:
         `ended` is told how many bytes the kernel took, or an error number below zero; until then the caller keeps the
         pieces, unchanged. False, with nothing begun, where it had better send them itself.
         """
-        if not self._free or len(pieces) > PIECES_MAX:
-            return False
-        if self._is_refused or self._trial is not None:
+        if self._is_refused or self._trial is not None or not self._free or len(pieces) > PIECES_MAX:
             return False
         ring = self._ring
         if ring is None:

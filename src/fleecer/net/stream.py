@@ -69,16 +69,18 @@ class Stream(abc.ABC):
     sent_bytes: int
     queued_bytes: int
     peer: str
+    _aside: Sequence[Buffer]  # what is being sent aside
+    _aside_at: int  # where in the stream it begins
 
     @property
-    @abc.abstractmethod
     def taken_bytes(self) -> int:
         """How much of what `send` was given, from the first byte on, is in memory that is nobody's concern any more."""
+        return self._aside_at if self._aside else self.sent_bytes - self.queued_bytes
 
     @property
-    @abc.abstractmethod
     def sends_aside(self) -> bool:
         """Whether something is being sent aside, which what is queued waits for."""
+        return bool(self._aside)
 
     @abc.abstractmethod
     def begin(self, receiver: Receiver) -> None:
@@ -126,8 +128,8 @@ class SocketStream(Stream):
         self._sends = sends_of(self._loop) if sock.family == socket.AF_UNIX else None
         if self._sends is not None:
             self._sends.enter()
-        self._aside: Sequence[Buffer] = ()  # what a worker of the kernel's sends
-        self._aside_at = 0  # where in the stream it begins
+        self._aside = ()
+        self._aside_at = 0
         self._next_aside = False  # whether what is queued may be sent so too: who sent last knows
         self._end: IoError | None = None  # of a stream that has ended, and waits for that worker
         self._ended_sock: socket.socket | None = None  # which the worker may still look up by its number
@@ -155,31 +157,19 @@ class SocketStream(Stream):
             self._paused = False
             self._loop.add_reader(self._fd, self._readable)
 
-    @property
-    def taken_bytes(self) -> int:
-        """See `Stream.taken_bytes`."""
-        return self._aside_at if self._aside else self.sent_bytes - self.queued_bytes
-
-    @property
-    def sends_aside(self) -> bool:
-        """See `Stream.sends_aside`."""
-        return bool(self._aside)
-
     def send(self, pieces: Sequence[Buffer], *, aside: bool = False) -> None:
         """See `Stream.send`."""
         sock = self._sock
         if sock is None or self._closing:
             return
         size = sum(map(len, pieces))
+        self.sent_bytes += size
         if self._queue or self._aside:
-            self.sent_bytes += size
             self._enqueue(pieces)
             self._next_aside = aside
             return
         if aside and self._send_aside(pieces, size):
-            self.sent_bytes += size
             return
-        self.sent_bytes += size
         taken = 0
         try:
             taken = sock.sendmsg(pieces if len(pieces) <= _PIECES_MAX else pieces[:_PIECES_MAX])
@@ -208,11 +198,11 @@ class SocketStream(Stream):
             self._end_soon(None)
 
     def _send_aside(self, pieces: Sequence[Buffer], size: int) -> bool:
-        """Has a worker of the kernel's send what is next, if that is worth while."""
+        """Has a worker of the kernel's send the last `size` bytes that `send` was given, if that is worth while."""
         sends = self._sends
         if sends is None or not BYTES_MIN <= size <= BYTES_MAX or not sends.begin(self._fd, pieces, self._sent_aside):
             return False
-        self._aside, self._aside_at = tuple(pieces), self.sent_bytes - self.queued_bytes
+        self._aside, self._aside_at = tuple(pieces), self.sent_bytes - size
         return True
 
     def _sent_aside(self, result: int) -> None:

@@ -19,6 +19,7 @@ from fleecer.ranges import Buffer
 from fleecer.units import KiB
 
 BUFFER_BYTES = 64 * KiB
+_ASIDE_TURNS = 1  # how much longer what is sent aside stays than to the next turn of the loop
 _RECEIVES_MAX = 4  # deliveries in one turn of the loop, as SocketStream has it
 
 
@@ -39,7 +40,7 @@ class _Pipe:
 class MemoryStream(Stream):
     """One end. Made by `memory_streams`. `send_count` tells how often something was sent here."""
 
-    def __init__(self, peer: str, outward: _Pipe, inward: _Pipe, piece_bytes: int, aside_turns: int) -> None:
+    def __init__(self, peer: str, outward: _Pipe, inward: _Pipe, piece_bytes: int) -> None:
         self.peer = peer
         self.queued_bytes = 0
         self.send_count = 0
@@ -47,8 +48,7 @@ class MemoryStream(Stream):
         self._outward = outward
         self._inward = inward
         self._piece_bytes = piece_bytes
-        self._aside_turns = aside_turns
-        self._aside: list[memoryview] = []
+        self._aside = ()
         self._aside_at = 0
         self._end_error: IoError | None = None
         self._loop = asyncio.get_running_loop()
@@ -76,26 +76,16 @@ class MemoryStream(Stream):
             self._paused = False
             self._deliver_soon()
 
-    @property
-    def taken_bytes(self) -> int:
-        """See `Stream.taken_bytes`."""
-        return self._aside_at if self._aside else self.sent_bytes - self.queued_bytes
-
-    @property
-    def sends_aside(self) -> bool:
-        """See `Stream.sends_aside`."""
-        return bool(self._aside)
-
     def send(self, pieces: Sequence[Buffer], *, aside: bool = False) -> None:
         """See `Stream.send`."""
         if self._ended or self._closing:
             return
         self.send_count += 1
-        if aside and pieces and self._aside_turns and not self._queue and not self._aside:
-            self._aside = [memoryview(piece) for piece in pieces]
+        if aside and pieces and not self._queue and not self._aside:
+            self._aside = tuple(pieces)
             self._aside_at = self.sent_bytes
             self.sent_bytes += sum(map(len, pieces))
-            self._loop.call_soon(self._send_aside, self._aside_turns)
+            self._loop.call_soon(self._send_aside, _ASIDE_TURNS)
             return
         for piece in pieces:
             self._queue.append(memoryview(piece))
@@ -109,11 +99,11 @@ class MemoryStream(Stream):
         if turns:
             self._loop.call_soon(self._send_aside, turns - 1)
             return
-        pieces, self._aside = self._aside, []
+        pieces, self._aside = self._aside, ()
         if self._ended:
             self._tell_end()
             return
-        self._queue.extendleft(reversed(pieces))
+        self._queue.extendleft(map(memoryview, reversed(pieces)))
         self.queued_bytes += sum(map(len, pieces))
         self._have_room()
 
@@ -205,15 +195,11 @@ class MemoryStream(Stream):
 
 
 def memory_streams(
-    *, buffer_bytes: int = BUFFER_BYTES, piece_bytes: int = 1 << 30, aside_turns: int = 1
+    *, buffer_bytes: int = BUFFER_BYTES, piece_bytes: int = 1 << 30
 ) -> tuple[MemoryStream, MemoryStream]:
     """Two ends of one connection.
 
-    `buffer_bytes` may be on the way in each direction; a receiver gets at most `piece_bytes` at a time. What is sent
-    aside leaves after `aside_turns` turns of the loop; with 0 nothing is.
+    `buffer_bytes` may be on the way in each direction; a receiver gets at most `piece_bytes` at a time.
     """
     one, other = _Pipe(buffer_bytes), _Pipe(buffer_bytes)
-    return (
-        MemoryStream("right end", one, other, piece_bytes, aside_turns),
-        MemoryStream("left end", other, one, piece_bytes, aside_turns),
-    )
+    return MemoryStream("right end", one, other, piece_bytes), MemoryStream("left end", other, one, piece_bytes)
