@@ -402,7 +402,8 @@ class Connection:
         self._last_replies = asyncio.get_running_loop().call_later(STOP_GRACE_S, self._end_time_to_read, taken)
 
     def _end_time_to_read(self, taken: int) -> None:
-        if not self._closing and (self._in_flight or self.stream.taken_bytes != taken):
+        is_moving = self._in_flight or self._send_due or self.stream.taken_bytes != taken
+        if not self._closing and is_moving:
             self._give_time_to_read()
         else:
             self.stream.abort()

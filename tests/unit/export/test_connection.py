@@ -833,6 +833,22 @@ async def test_a_client_that_goes_with_much_unanswered_is_waited_for_while_it_re
     await reads.ended()
 
 
+async def test_a_reply_that_is_about_to_be_sent_is_not_cut_off(big: Serving) -> None:
+    held = big.fault.hold("read", 0, 512)
+    client = await big.client()
+    [server_end] = big.server.clients()
+    cookie = client.codec.read(0, 512)
+    client.codec.disconnect()
+    client.send()
+    await held.reached()
+    held.release()
+    while not server_end._send_due:
+        await asyncio.sleep(0)
+    server_end._end_time_to_read(server_end.stream.taken_bytes)  # as its timer does, should it be due just now
+    assert (await client.reply(cookie)).data == big.data[:512]
+    await asyncio.wait_for(server_end.ended, 5)
+
+
 async def test_a_client_that_goes_is_answered_however_long_its_requests_take(
     big: Serving, monkeypatch: pytest.MonkeyPatch
 ) -> None:
