@@ -1,4 +1,4 @@
-"""Waiting for something that happens once, together with others.
+"""Waiting for something that happens once: together with others, or until a given time.
 
 Each waits for a future of its own, so whoever is cancelled goes and nobody else hears of it. One future for all would
 have to be shielded from each one's cancel, which takes two more futures and one more turn of the event loop.
@@ -29,3 +29,19 @@ class Waiters:
         for future in futures:
             if not future.done():
                 future.set_result(None)
+
+
+async def done_in_time(future: asyncio.Future[bool], deadline_s: float | None) -> bool:
+    """Awaits `future`; completes it with False itself at `deadline_s` (in the loop's time; None: never)."""
+    if deadline_s is None:
+        return await future
+    handle = asyncio.get_running_loop().call_at(deadline_s, _complete, future)
+    try:
+        return await future
+    finally:
+        handle.cancel()
+
+
+def _complete(future: asyncio.Future[bool]) -> None:
+    if not future.done():
+        future.set_result(False)

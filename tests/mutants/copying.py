@@ -192,7 +192,7 @@ MUTANTS = [
                 now_s = loop.time()
                 self._look_for_late(under_way, since_s, now_s, offset, length)
                 if under_way[0] in self._copies:
-                    await _done_in_time(under_way[0].ended(), self._next_deadline(since_s, now_s))
+                    await done_in_time(under_way[0].ended(), self._next_deadline(since_s, now_s))
                 since_s = max(since_s, *(copy.over_at_s for copy in (*under_way, *mine)))
             elif self._newest is None or self._settled.all(first, end):
                 break
@@ -213,7 +213,7 @@ MUTANTS = [
                 now_s = loop.time()
                 self._look_for_late(under_way, since_s, now_s, offset, length)
                 if under_way[0] in self._copies:
-                    await _done_in_time(under_way[0].ended(), self._next_deadline(since_s, now_s))
+                    await done_in_time(under_way[0].ended(), self._next_deadline(since_s, now_s))
                 since_s = max(since_s, *(copy.over_at_s for copy in (*under_way, *mine)))
             elif self._newest is None or self._settled.all(first, end):
                 break

@@ -42,6 +42,7 @@ from fleecer.block.inflight import Claim, InFlight
 from fleecer.errors import FleecerError, IoError, SnapshotBroken, UsageError, told
 from fleecer.ranges import Buffer, WriteAtOnce, align_up, is_power_of_two, is_zero
 from fleecer.units import KiB, MiB
+from fleecer.waiters import done_in_time
 
 OnError = Literal["break-snapshot", "break-guest-write"]
 
@@ -205,8 +206,17 @@ class Copier:
         return tuple(self._snapshots)
 
     def preserved_bytes(self, snapshot: Snapshot) -> int:
-        """How much old data was copied into this snapshot's own scratch."""
-        return snapshot.done.count() * self.cluster_size_bytes
+        """How much old data is kept for this snapshot and older ones, but for no later one that has not ended.
+
+        That is what its own scratch holds, and those of ended ones right after it: with nobody else to count for them,
+        room would be taken that shows nowhere. 0 for one that has ended.
+        """
+        clusters = 0
+        for holder in self._snapshots[self._snapshots.index(snapshot) :] if snapshot.living else ():
+            if holder.living and holder is not snapshot:
+                break
+            clusters += holder.done.count()
+        return clusters * self.cluster_size_bytes
 
     # Taking and retiring: no await in either, so a cut over several disks is one step.
 
@@ -412,7 +422,7 @@ class Copier:
                 now_s = loop.time()
                 self._look_for_late(under_way, since_s, now_s, offset, length)
                 if under_way[0] in self._copies:
-                    await _done_in_time(under_way[0].ended(), self._next_deadline(since_s, now_s))
+                    await done_in_time(under_way[0].ended(), self._next_deadline(since_s, now_s))
                 since_s = max(since_s, *(copy.over_at_s for copy in (*under_way, *mine)))
             elif self._newest is None or self._settled.all(first, end):
                 break
@@ -426,7 +436,7 @@ class Copier:
         for snapshot in sorted(self._readable(), key=_gives_way) if self._freeze else ():
             reading = snapshot.frozen.until_clear(start, stop - start)
             deadline = since_s + snapshot.timeout_s if snapshot.timeout_s else None
-            if reading is not None and not await _done_in_time(reading, deadline):
+            if reading is not None and not await done_in_time(reading, deadline):
                 self._reader_timed_out(snapshot, offset, length)
 
     async def copy(self, offset: int, length: int) -> None:
@@ -676,19 +686,3 @@ class Copier:
 def _gives_way(snapshot: Snapshot) -> bool:
     """Sorts those first that make the change fail, so that no other breaks for a change that does not happen."""
     return snapshot.on_error == "break-snapshot"
-
-
-async def _done_in_time(future: asyncio.Future[bool], deadline: float | None) -> bool:
-    """Awaits `future`; completes it with False itself at `deadline` (in the loop's time)."""
-    if deadline is None:
-        return await future
-    handle = asyncio.get_running_loop().call_at(deadline, _complete, future)
-    try:
-        return await future
-    finally:
-        handle.cancel()
-
-
-def _complete(future: asyncio.Future[bool]) -> None:
-    if not future.done():
-        future.set_result(False)

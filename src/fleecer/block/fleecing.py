@@ -241,11 +241,11 @@ async def uncut(
 ) -> None:
     """Ends a snapshot: its scratch goes as soon as nothing needs it, and the filter with its last snapshot.
 
-    Nobody should be reading the snapshot any more; who does gets errors. The disk's requests go on throughout. Requests
-    in flight on a scratch are waited for last, no longer than `leave_timeout_s`; then they are left to end by
-    themselves, and a warning says so. Raises IoError (ETIMEDOUT) if the disk does not come to rest in `timeout_s` so
-    that the filter could be taken out; idle and harmless, it is taken out as soon as the disk does. A caller who is
-    cancelled leaves it all to go on.
+    Nobody should be reading the snapshot any more; who does gets errors. The disk's requests go on throughout. Waited
+    for last, no longer than `leave_timeout_s`, are requests in flight on a scratch, and the file system that frees it,
+    which for one of many pieces takes seconds; then they are left to end by themselves, and a warning says so. Raises
+    IoError (ETIMEDOUT) if the disk does not come to rest in `timeout_s` so that the filter could be taken out; idle and
+    harmless, it is taken out as soon as the disk does. A caller who is cancelled leaves it all to go on.
     """
     await asyncio.shield(graph.keep(_uncut(graph, fleece, timeout_s, leave_timeout_s)))
 
@@ -260,8 +260,8 @@ async def _uncut(graph: Graph, fleece: Fleece, timeout_s: float, leave_timeout_s
         raise
     if not await graph.left(leaving, timeout_s=leave_timeout_s):
         _log.warning(
-            "requests for snapshot %s, which has ended, are still in flight after %g s; what they use is given back "
-            "once they end",
+            "snapshot %s has ended, but what it used is still held after %g s: requests are in flight, or the file "
+            "system is still freeing its scratch; it is given back once that is done",
             fleece.snapshot.name,
             leave_timeout_s,
         )

@@ -100,7 +100,7 @@ def list_(as_json: bool, run_dir: str | None, qmp: str | None) -> None:
     """List snapshots: name, disk, age, old data preserved so far, state, and the cause where one is broken.
 
     PRESERVED is the old data that a snapshot itself keeps. What is overwritten is kept once, by the newest snapshot of
-    the disk at that time; older ones share it, and do not count it.
+    the disk at that time; older ones share it, and do not count it until that one is deleted.
 
     \b
     fleecer snapshot list
@@ -134,6 +134,8 @@ def list_(as_json: bool, run_dir: str | None, qmp: str | None) -> None:
 @daemon_options
 def delete(names: tuple[str, ...], as_json: bool, run_dir: str | None, qmp: str | None) -> None:
     """Delete snapshots: their readers' requests in flight end, then they are disconnected, and the scratch is freed.
+
+    What an older snapshot of the same disk still reads in a scratch is kept, and counts as preserved there.
 
     \b
     fleecer snapshot delete now

@@ -67,7 +67,7 @@ class Problems:
                 return node.problem.message
         kinds = self._failures.get(export, {})
         told_of = [
-            f"{failures.count} {operation} requests failed, the last: {failures.last}"
+            f"{failures.count} {operation} request{'s' * (failures.count > 1)} failed, the last: {failures.last}"
             for operation, failures in kinds.items()
         ]
         return "; ".join(told_of)

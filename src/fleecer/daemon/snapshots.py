@@ -66,7 +66,7 @@ class SnapshotPart:
 
     @property
     def bytes_preserved(self) -> int:
-        """Old data in this snapshot's own scratch; a later snapshot of the disk may hold more that this one reads."""
+        """Old data kept for it; a later one may hold more that it reads. See `Copier.preserved_bytes`."""
         return self.fleece.copier.preserved_bytes(self.fleece.snapshot)
 
     @property

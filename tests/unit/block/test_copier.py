@@ -123,10 +123,14 @@ async def test_a_retired_snapshots_copies_stay_while_an_older_one_reads_them() -
     world = World()
     first, second = await world.take(), await world.take()
     await world.top.pwrite(0, b"x")
+    copier = first.fleece.copier
+    assert copier.preserved_bytes(first.fleece.snapshot) == 0
     await world.drop(second)
+    assert copier.preserved_bytes(first.fleece.snapshot) == CLUSTER, "what it still reads there counts for it"
+    assert copier.preserved_bytes(second.fleece.snapshot) == 0
     await world.top.pwrite(3 * CLUSTER, b"y")  # now the copy goes to the first one's own scratch
     await world.check_whole(first)
-    assert first.fleece.copier.preserved_bytes(first.fleece.snapshot) == CLUSTER
+    assert copier.preserved_bytes(first.fleece.snapshot) == 2 * CLUSTER
     await world.drop(first)
     assert [node.name for node in world.graph.nodes()] == ["disk"]
 

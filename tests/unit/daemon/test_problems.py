@@ -163,7 +163,10 @@ async def test_a_broken_disk_is_told_of_at_once_and_then_once_a_second(
     guest = await world.nbd("disk")
     disk.fail("read", errno=errno.EIO, times=None)
     disk.fail("write", errno=errno.ENOSPC, times=None)
-    for _ in range(50):
+    await fails(guest.pread(0, 512))
+    assert (await disk_of(world))["problem"].startswith("1 read request failed, the last: ")
+    await fails(guest.pwrite(0, b"x" * 512))
+    for _ in range(49):
         await fails(guest.pread(0, 512))
         await fails(guest.pwrite(0, b"x" * 512))
     await turns()
