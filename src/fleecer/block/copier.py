@@ -32,6 +32,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Literal
 
@@ -211,12 +212,11 @@ class Copier:
         That is what its own scratch holds, and those of ended ones right after it: with nobody else to count for them,
         room would be taken that shows nowhere. 0 for one that has ended.
         """
-        clusters = 0
-        for holder in self._snapshots[self._snapshots.index(snapshot) :] if snapshot.living else ():
-            if holder.living and holder is not snapshot:
-                break
-            clusters += holder.done.count()
-        return clusters * self.cluster_size_bytes
+        if not snapshot.living:
+            return 0
+        later = self._snapshots[self._snapshots.index(snapshot) + 1 :]
+        ended = itertools.takewhile(lambda holder: not holder.living, later)
+        return sum(holder.done.count() for holder in (snapshot, *ended)) * self.cluster_size_bytes
 
     # Taking and retiring: no await in either, so a cut over several disks is one step.
 

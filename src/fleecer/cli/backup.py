@@ -10,7 +10,7 @@ import click
 
 from fleecer.cli import disks
 from fleecer.cli.options import connect, daemon_options, json_option, not_empty, scratch_dir_option
-from fleecer.cli.output import print_json
+from fleecer.cli.output import print_error, print_json
 from fleecer.cli.progress import Meter
 from fleecer.cli.qmp_client import ANSWER_TIMEOUT_S, QmpClient
 from fleecer.errors import FleecerError, UsageError, quoted, told
@@ -122,4 +122,4 @@ def _drop(client: QmpClient, name: str) -> None:
         client.execute("snapshot-delete", {"name": name})
     except FleecerError as error:
         left = f"snapshot {quoted(name)} could not be deleted, and ends with this command: {told(error)}"
-        click.echo(f"fleecer: all backups are whole; {left}", err=True)
+        print_error(f"all backups are whole; {left}")

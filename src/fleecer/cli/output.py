@@ -1,9 +1,10 @@
-"""What commands print: tables for people, one JSON document for programs."""
+"""What commands print: tables for people, one JSON document for programs, and what is wrong in one line."""
 
 from __future__ import annotations
 
+import contextlib
 import datetime
-import json
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,17 @@ import click
 
 def print_json(document: dict[str, Any]) -> None:
     """Prints the document, the only thing on standard output."""
+    import json  # some milliseconds, which only those pay who print one
+
     click.echo(json.dumps(document, indent=2))
+
+
+def print_error(message: str) -> None:
+    """Prints one line on standard error. Where it cannot, that is no reason to fail."""
+    if sys.stderr is not None:
+        with contextlib.suppress(OSError):
+            sys.stderr.write(f"fleecer: {' '.join(message.split())}\n")
+            sys.stderr.flush()
 
 
 def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

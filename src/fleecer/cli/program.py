@@ -7,7 +7,6 @@ inside them, so that `--help` is quick.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -16,6 +15,7 @@ import click
 
 from fleecer import __version__
 from fleecer.app.signals import Interrupted
+from fleecer.cli.output import print_error
 from fleecer.errors import FleecerError, told
 
 _COMMANDS = ("serve", "snapshot", "backup", "restore", "status", "demo", "storage-daemon")
@@ -84,8 +84,5 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _fail(message: str, status: int) -> int:
-    if sys.stderr is not None:
-        with contextlib.suppress(OSError):
-            sys.stderr.write(f"fleecer: {' '.join(message.split())}\n")
-            sys.stderr.flush()
+    print_error(message)
     return status

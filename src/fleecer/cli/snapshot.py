@@ -100,7 +100,7 @@ def list_(as_json: bool, run_dir: str | None, qmp: str | None) -> None:
     """List snapshots: name, disk, age, old data preserved so far, state, and the cause where one is broken.
 
     PRESERVED is the old data that a snapshot itself keeps. What is overwritten is kept once, by the newest snapshot of
-    the disk at that time; older ones share it, and do not count it until that one is deleted.
+    the disk at that time; older ones share it, and do not count it until that one is deleted or breaks.
 
     \b
     fleecer snapshot list
